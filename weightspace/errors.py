@@ -1,0 +1,47 @@
+"""What weightspace raises. Every message says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class WeightspaceError(Exception):
+    """Base of every error that weightspace raises on purpose."""
+
+
+class CheckpointError(WeightspaceError):
+    """A file could not be read as a checkpoint: truncated, malformed or empty."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A file asks for something no checkpoint needs: running code, absurd sizes, leaving its folder."""
+
+
+class UnknownFormatError(CheckpointError):
+    """The content of a file matches none of the readers."""
+
+
+class MissingExtraError(WeightspaceError, ImportError):
+    """A format or feature needs an optional package; the message names the install command."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'weightspace[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class WiringError(WeightspaceError):
+    """A network could not be wired, or a wiring was used on tensors it does not describe."""
+
+
+class UnprovedWiringError(WiringError):
+    """An operation that needs a proved wiring was given one that is not."""
+
+
+class GraphError(WeightspaceError):
+    """A parameter graph could not be built, exported or read back."""
+
+
+class ZooError(WeightspaceError):
+    """A zoo's index could not be read or written, or a question asked of it makes no sense."""
