@@ -21,7 +21,9 @@ class _Crepe(nn.Module):
         super().__init__()
         for i in _LAYERS:
             stride = (4, 1) if i == 1 else (1, 1)
-            self.add_module(f"conv{i}", nn.Conv2d(widths[i - 1], widths[i], (kernels[i - 1], 1), stride=stride))
+            self.add_module(
+                f"conv{i}", nn.Conv2d(widths[i - 1], widths[i], (kernels[i - 1], 1), stride=stride)
+            )
             self.add_module(f"conv{i}_BN", nn.BatchNorm2d(widths[i], eps=0.0010000000474974513))
         self.classifier = nn.Linear(4 * widths[-1], bins)
 

@@ -6,6 +6,7 @@ The generator maps noise to an image (ReLU, tanh at the end), the discriminator 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,7 +25,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     weights = [shapes[f"{i}.weight"] for i in (0, 2, 4)]
     if any(len(w) != 2 for w in weights):
         return None
-    if any(a[0] != b[1] for a, b in zip(weights, weights[1:], strict=False)):
+    if any(a[0] != b[1] for a, b in itertools.pairwise(weights)):
         return None
     incoming, out = weights[0][1], weights[-1][0]
     with torch.device("meta"):

@@ -11,7 +11,9 @@ import weightspace as ws
 
 FAMILY = "lenet5"
 _RANKS = {
-    **{f"convnet.{c}.{kind}": rank for c in ("c1", "c3", "c5") for kind, rank in (("weight", 4), ("bias", 1))},
+    **{
+        f"convnet.{c}.{kind}": rank for c in ("c1", "c3", "c5") for kind, rank in (("weight", 4), ("bias", 1))
+    },
     **{f"fc.{f}.{kind}": rank for f in ("f6", "f7") for kind, rank in (("weight", 2), ("bias", 1))},
 }
 

@@ -72,7 +72,9 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
         depth = len(pools)
         convs = [f"conv{i}" for i in range(1, depth + 1)]
         hidden = name != "P-Net"
-        head_names = [f"dense{depth + 2}_{i}" if hidden else f"conv{depth + 1}_{i}" for i in range(1, heads + 1)]
+        head_names = [
+            f"dense{depth + 2}_{i}" if hidden else f"conv{depth + 1}_{i}" for i in range(1, heads + 1)
+        ]
         dense = [f"dense{depth + 1}"] if hidden else []
         want = {f"{c}.weight": 4 for c in convs}
         want |= {f"{h}.weight": 2 if hidden else 4 for h in [*dense, *head_names]}

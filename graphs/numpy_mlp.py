@@ -6,6 +6,8 @@ activation follows every layer, the last one too. Assumed: a sigmoid.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     weights = [shapes.get(name, ()) for name in names]
     if len(weights) < 2 or any(len(w) != 2 for w in weights) or weights[0][0] < 2:
         return None
-    if any(a[1] != b[0] for a, b in zip(weights, weights[1:], strict=False)):
+    if any(a[1] != b[0] for a, b in itertools.pairwise(weights)):
         return None
     dtype = signature.dtypes.get(names[0], torch.float64)
     with torch.device("meta"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     weights = [shapes[f"fc{i}.weight"] for i in range(1, 5)]
     if any(len(w) != 2 for w in weights):
         return None
-    if any(a[0] != b[1] for a, b in zip(weights, weights[1:], strict=False)):
+    if any(a[0] != b[1] for a, b in itertools.pairwise(weights)):
         return None
     with torch.device("meta"):
         module = _MLP(weights)

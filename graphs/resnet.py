@@ -53,7 +53,9 @@ class _Block(nn.Module):
 
 
 class _ResNet(nn.Module):
-    def __init__(self, stem: tuple[int, ...], stages: list[list[_Block]], head: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, stem: tuple[int, ...], stages: list[list[_Block]], head: tuple[int, ...] | None
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(stem[1], stem[0], stem[2], stride=2, padding=stem[2] // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(stem[0])
@@ -75,7 +77,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     stem = shapes.get("conv1.weight", ())
     if len(stem) != 4 or stem[2:] != (7, 7):
         return None
-    depths = {stage: 0 for stage in range(1, 5)}
+    depths = dict.fromkeys(range(1, 5), 0)
     for name in shapes:
         if match := _BLOCK.match(name):
             depths[int(match[1])] += 1

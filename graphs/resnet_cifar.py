@@ -61,7 +61,9 @@ class _Block(nn.Module):
 
 
 class _ResNet(nn.Module):
-    def __init__(self, stem: tuple[int, ...], stages: list[list[_Block]], head: str | None, classes: int) -> None:
+    def __init__(
+        self, stem: tuple[int, ...], stages: list[list[_Block]], head: str | None, classes: int
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(stem[1], stem[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem[0])
@@ -124,7 +126,9 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
         module = _ResNet(stem, stages, heads[0] if heads else None, classes)
     _match_counters(module, signature)
     option = "/".join(sorted(k for k in kinds if k))
-    name = f"ResNet-{convolutions + 1} for small images, option {option}" + ("" if heads else ", no classifier")
+    name = f"ResNet-{convolutions + 1} for small images, option {option}" + (
+        "" if heads else ", no classifier"
+    )
     return ws.Skeleton(module.eval(), (torch.randn(2, stem[1], 16, 16),), name)
 
 

@@ -7,6 +7,8 @@ of its neurons, which permutations do not describe.)
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     weights = [shapes[f"seq.{i}.weight"] for i in range(depth)]
     if depth < 2 or any(len(w) != 2 for w in weights):
         return None
-    if any(a[0] != b[1] for a, b in zip(weights, weights[1:], strict=False)):
+    if any(a[0] != b[1] for a, b in itertools.pairwise(weights)):
         return None
     if weights[0][1] not in (2, 3) or weights[-1][0] > 4:
         return None

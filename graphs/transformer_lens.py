@@ -128,7 +128,9 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     with torch.device("meta"):
         blocks = []
         for i in range(depth):
-            own = {name.split(".")[2]: part for name, part in parts.items() if name.startswith(f"blocks.{i}.")}
+            own = {
+                name.split(".")[2]: part for name, part in parts.items() if name.startswith(f"blocks.{i}.")
+            }
             blocks.append(_Block(own, causal))
         module = _Transformer(parts, blocks)
     heads, kind = shapes["blocks.0.attn.W_Q"][0], "causal" if causal else "bidirectional"

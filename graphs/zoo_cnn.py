@@ -6,6 +6,7 @@ Three 3x3 convolutions of stride 2 without padding, global average pooling, one 
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import torch
@@ -53,7 +54,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     kernels = [shapes[layers[layer]["kernel"]] for layer in order]
     if any(len(k) != 4 or k[:2] != (3, 3) for k in kernels[:-1]) or len(kernels[-1]) != 2:
         return None
-    if any(a[-1] != b[-2] for a, b in zip(kernels, kernels[1:], strict=False)):
+    if any(a[-1] != b[-2] for a, b in itertools.pairwise(kernels)):
         return None
     with torch.device("meta"):
         module = _CNN(kernels)
