@@ -1,4 +1,4 @@
-"""Where the files lie that are read by path: the catalogues ``graphs`` and ``zoo``, the ``app``, and caches."""
+"""Where files lie that are read by path: the catalogues ``graphs`` and ``zoo``, the ``app``, caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def data_dir(name: str) -> Path:
-    """The folder ``name`` ("graphs", "zoo" or "app"): beside the package in a checkout, inside it once installed.
+    """The folder "graphs", "zoo" or "app": beside the package in a checkout, inside it once installed.
 
     Raises ``WeightspaceError`` where neither exists.
     """
@@ -29,12 +29,13 @@ def data_dir(name: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: ``$WEIGHTSPACE_CACHE``, or the platform's cache folder. Not created."""
+    """Where what can be made again is kept: ``$WEIGHTSPACE_CACHE`` or the platform's cache. Not created."""
     chosen = os.environ.get("WEIGHTSPACE_CACHE")
     if chosen:
         return Path(chosen).expanduser().resolve()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "weightspace"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "weightspace" / "Cache"
+        local = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        return Path(local) / "weightspace" / "Cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightspace"

@@ -123,8 +123,8 @@ def describe(tensors: Mapping[str, Tensor], only: Iterable[str] | None = None) -
         used.append(name)
     if not used:
         raise WeightspaceError(
-            f"nothing to describe: of {len(left_out)} tensors none holds floating-point weights of more than one "
-            "element; a descriptor needs at least one such tensor"
+            f"nothing to describe: of {len(left_out)} tensors none holds floating-point weights of more "
+            "than one element; a descriptor needs at least one such tensor"
         )
     log_elements = _BLOCK_FEATURES.index("log elements")
     in_blocks = sum(10 ** float(block[log_elements]) for block in blocks)
@@ -160,11 +160,12 @@ def _why_not(name: str, chosen: frozenset[str] | None) -> str | None:
 
 
 def _pool(rows: list[Array], width: int) -> Array:
-    """Pool the features of a set of tensors: (number, width) -> (len(_POOLS) * width,), in any order of the set."""
+    """Pool the features of a set of tensors, whatever its order: (n, width) -> (len(_POOLS) * width,)."""
     if not rows:
         return np.zeros(len(_POOLS) * width)
     table = np.sort(np.stack(rows), axis=0)
-    return np.concatenate([table.mean(axis=0), table.std(axis=0), *np.quantile(table, _POOL_QUANTILES, axis=0)])
+    quantiles = np.quantile(table, _POOL_QUANTILES, axis=0)
+    return np.concatenate([table.mean(axis=0), table.std(axis=0), *quantiles])
 
 
 def _features(value: Tensor) -> Array:
@@ -201,9 +202,9 @@ def _shape_of_values(value: Tensor, square: Tensor, rms: float) -> list[float]:
 
 
 def _quantiles(values: Tensor, quantiles: tuple[float, ...]) -> Array:
-    """Quantiles (linear interpolation) of non-negative values; from a histogram of the logarithm when there are many."""
+    """Quantiles of non-negative values, interpolated; from a histogram of log2 when there are many."""
     if values.numel() <= _LARGEST_SORT:
-        return np.quantile(values.numpy(), quantiles)
+        return np.asarray(np.quantile(values.numpy(), quantiles), dtype=np.float64)
     largest = float(values.max())
     # 2**-40 of the largest value is below what float16 resolves; everything smaller falls in the lowest bin.
     bins, lowest = 1 << 14, -40.0
@@ -211,7 +212,8 @@ def _quantiles(values: Tensor, quantiles: tuple[float, ...]) -> Array:
     counts = torch.histc(logs, bins=bins, min=lowest, max=0.0)
     cumulative = torch.cumsum(counts, 0) / values.numel()
     edges = torch.linspace(lowest, 0.0, bins + 1, dtype=torch.float64)
-    index = torch.searchsorted(cumulative, torch.tensor(quantiles, dtype=cumulative.dtype)).clamp_(max=bins - 1)
+    wanted = torch.tensor(quantiles, dtype=cumulative.dtype)
+    index = torch.searchsorted(cumulative, wanted).clamp_(max=bins - 1)
     result = (largest * torch.exp2((edges[index] + edges[index + 1]) / 2)).numpy()
     return np.where(np.asarray(quantiles) >= 1.0, largest, result)
 
@@ -251,10 +253,10 @@ def _spectrum(matrix: Tensor) -> Array:
     gram = matrix @ matrix.T
     side = gram.shape[0]
     if side <= _LARGEST_SPECTRUM:
-        return np.clip(torch.linalg.eigvalsh(gram).numpy(), 0.0, None)
+        return np.asarray(np.clip(torch.linalg.eigvalsh(gram).numpy(), 0.0, None), dtype=np.float64)
     # Too long to diagonalise: the log-normal spectrum with the same trace and the same sum of squares.
     trace, fourth = float(gram.diagonal().sum()), float((gram * gram).sum())
     spread = math.sqrt(max(0.0, math.log(side * fourth / trace**2)))
     positions = torch.special.ndtri((torch.arange(side, dtype=torch.float64) + 0.5) / side)
     spectrum = torch.exp(spread * positions)
-    return (spectrum * (trace / float(spectrum.sum()))).numpy()
+    return np.asarray((spectrum * (trace / float(spectrum.sum()))).numpy(), dtype=np.float64)

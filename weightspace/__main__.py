@@ -1,0 +1,5 @@
+"""`python -m weightspace` is the console script `weightspace`."""
+
+from weightspace.cli import main
+
+main()

@@ -1,0 +1,316 @@
+"""The command line: thin wrappers that read arguments, call the library and print tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weightspace.errors import WeightspaceError, ZooError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from weightspace.card import Card
+    from weightspace.zoo import IndexReport, Neighbour, Zoo
+
+app = typer.Typer(
+    name="weightspace",
+    help="Trained networks as data: index a folder of checkpoints, find similar models, inspect one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+zoo_app = typer.Typer(help="Populations of networks trained from recipes.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", help="Worker processes (default: one per core).")]
+ZooFolder = Annotated[
+    Path | None,
+    typer.Option("--zoo", help="The zoo's folder (default: the nearest indexed folder above FILE)."),
+]
+
+
+def main() -> None:
+    """Entry point of the console script: a mistake of the user's is one sentence and exit code 1."""
+    try:
+        app()
+    except WeightspaceError as error:
+        print(f"weightspace: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone away.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder with model files, in any format.")],
+    jobs: Jobs = None,
+    force: Annotated[bool, typer.Option("--force", help="Describe every model anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Open, wire, describe and store every model in FOLDER; unchanged files are skipped.
+
+    Exit code 2 when some files could not be read (the others are indexed).
+    """
+    from weightspace.zoo import Zoo
+
+    report = Zoo(folder).index(jobs=jobs, force=force, progress=sys.stderr.isatty())
+    if as_json:
+        _print_json({**asdict(report), "index": str(report.index)})
+    else:
+        _show_report(report)
+    if report.failures:
+        raise typer.Exit(2)
+
+
+@app.command()
+def similar(
+    file: Annotated[
+        str, typer.Argument(help="A model file, file!member, or the name of a model in the zoo.")
+    ],
+    zoo: ZooFolder = None,
+    k: Annotated[int, typer.Option("-k", help="Number of neighbours.", min=1)] = 10,
+    as_json: Json = False,
+) -> None:
+    """The models of a zoo nearest to FILE, with distances: 0 is the same network up to symmetry."""
+    found = _zoo_of(file, zoo)
+    neighbours = found.similar(file, k)
+    if as_json:
+        _print_json([{"name": n.name, "distance": n.distance, "path": str(n.path)} for n in neighbours])
+    else:
+        _show_neighbours(file, neighbours)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A model file, or file!member where it holds several.")],
+    as_json: Json = False,
+) -> None:
+    """The model card of FILE: format, architecture, axes, proof of the wiring, odd findings."""
+    from weightspace import card
+
+    cards = [card.inspect(checkpoint, name) for checkpoint, name in _open_all(file)]
+    if as_json:
+        _print_json([c.to_dict() for c in cards] if len(cards) > 1 else cards[0].to_dict())
+        return
+    for one in cards:
+        _show_card(one)
+
+
+@app.command()
+def graph(
+    file: Annotated[str, typer.Argument(help="A model file, or file!member where it holds several.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    form: Annotated[str, typer.Option("--format", "-f", help="pyg, graphml or json.")] = "json",
+) -> None:
+    """Write the parameter graph of FILE: a node per axis element, an edge per weight."""
+    from weightspace import graph as parameter_graph
+
+    models = list(_open_all(file))
+    if len(models) > 1:
+        raise ZooError(f"{file} holds {len(models)} models; name one of them, such as {models[0][1]!r}")
+    parameter_graph(models[0][0]).save(out, format=form)
+    _console().print(f"wrote {out} ({out.stat().st_size:,} bytes)")
+
+
+@zoo_app.command("build")
+def zoo_build(
+    recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of one that comes along.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder (default: models/<recipe>).")
+    ] = None,
+    jobs: Jobs = None,
+) -> None:
+    """Train the networks of RECIPE and index them; networks that are already there are kept."""
+    from weightspace.zoo import Zoo
+    from weightspace.zoo.recipe import load
+    from weightspace.zoo.train import build_zoo
+
+    loaded = load(recipe)
+    folder = out or Path("models") / loaded.name
+    files = build_zoo(loaded, folder, progress=sys.stderr.isatty())
+    _console().print(f"{len(files)} networks in {folder}")
+    _show_report(Zoo(folder).index(jobs=jobs, progress=sys.stderr.isatty()))
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder for the starter zoo (default: temporary).")
+    ] = None,
+    jobs: Jobs = None,
+) -> None:
+    """The main job in one go: train the starter zoo, index it, search it, show a model card."""
+    with _folder_or_temporary(folder) as chosen:
+        _demo(chosen, jobs)
+
+
+def _demo(folder: Path, jobs: int | None) -> None:
+    from weightspace import card, checkpoint
+    from weightspace.zoo import Zoo
+    from weightspace.zoo.train import build_zoo
+
+    console = _console()
+    console.rule("1. train the starter zoo")
+    started = time.perf_counter()
+    files = build_zoo("starter", folder, progress=sys.stderr.isatty())
+    console.print(f"{len(files)} networks in {folder}, {time.perf_counter() - started:.0f} s")
+    console.rule("2. index it: open, wire, prove, describe")
+    zoo = Zoo(folder)
+    _show_report(zoo.index(jobs=jobs, progress=sys.stderr.isatty()))
+    console.rule("3. what is similar to a permuted copy?")
+    copy = next(file for file in files if "cnn" in file.name and "permuted" in file.name)
+    _show_neighbours(copy.name, zoo.similar(copy, k=8))
+    console.rule("4. the card of its nearest neighbour")
+    nearest = zoo.similar(copy, k=1)[0]
+    _show_card(card.inspect(checkpoint.open(nearest.path), nearest.name))
+
+
+@contextmanager
+def _folder_or_temporary(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="weightspace-") as temporary:
+        yield Path(temporary)
+
+
+def _zoo_of(file: str, folder: Path | None) -> Zoo:
+    from weightspace.zoo import Zoo
+
+    if folder is not None:
+        return Zoo(folder)
+    path = Path(file.partition("!")[0] if not Path(file).exists() else file).resolve()
+    for parent in path.parents:
+        if parent.is_dir() and (Zoo(parent).index_folder / "index.sqlite").is_file():
+            return Zoo(parent)
+    raise ZooError(
+        f"no folder above {file} is indexed; name one with --zoo, or run `weightspace index` on it"
+    )
+
+
+def _open_all(file: str) -> Iterator[tuple[Any, str]]:
+    from weightspace import checkpoint
+    from weightspace.zoo.examine import models_in
+
+    path, _, member = (file, "", "") if Path(file).exists() else file.partition("!")
+    if not Path(path).exists():
+        raise ZooError(f"there is no file {path}")
+    if member:
+        yield checkpoint.open(Path(path), member=member), f"{Path(path).name}!{member}"
+    else:
+        yield from models_in(Path(path), Path(path).name)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Piped output keeps whole lines: a table cut at 80 columns is of no use to grep.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _show_report(report: IndexReport) -> None:
+    from rich.markup import escape
+
+    console = _console()
+    console.print(
+        f"{report.models} models in the index; this run: {report.described} files described, "
+        f"{report.unchanged} unchanged, {report.removed} removed, {len(report.ignored)} no checkpoints, "
+        f"{len(report.failures)} failed; {report.seconds:.1f} s"
+    )
+    console.print(f"index: {escape(str(report.index))}")
+    if report.failures:
+        console.print(_table("could not be read", ("file", "reason"), report.failures))
+
+
+def _show_neighbours(query: str, neighbours: list[Neighbour]) -> None:
+    rows = []
+    for neighbour in neighbours:
+        card = neighbour.card
+        record = card.get("record") or {}
+        relation = record.get("relation", "")
+        if record.get("parent"):
+            relation = f"{relation} of {record['parent']}"
+        rows.append(
+            (
+                f"{neighbour.distance:.6f}",
+                neighbour.name,
+                str(card["architecture"]),
+                f"{card['parameters']:,}",
+                str(card["wiring"]),
+                relation,
+            )
+        )
+    columns = ("distance", "model", "architecture", "parameters", "wiring", "record")
+    _console().print(_table(f"nearest to {query}", columns, rows))
+
+
+def _show_card(card: Card) -> None:
+    from rich.markup import escape
+
+    console = _console()
+    wiring = card.wiring
+    if card.error is not None:
+        wiring += f", relative output error {card.error:.1e} under a random symmetry"
+    facts = [
+        ("format", card.format),
+        ("architecture", card.architecture),
+        ("recognised by", card.recognised),
+        ("parameters", f"{card.parameters:,} in {card.tensors} tensors ({', '.join(card.dtypes)})"),
+        ("bytes", f"{card.bytes:,}"),
+        ("wiring", wiring),
+    ]
+    if card.movable is not None:
+        facts.append(("movable", f"{card.movable:.1%} of the parameters lie on an axis that may be permuted"))
+    facts.extend(("note", note) for note in card.notes)
+    facts.extend(("finding", finding) for finding in card.findings)
+    for key in (
+        "recipe",
+        "relation",
+        "parent",
+        "task",
+        "seed",
+        "train_accuracy",
+        "test_accuracy",
+        "test_loss",
+    ):
+        value = card.record.get(key)
+        if value is not None:
+            facts.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)))
+    console.print(_table(escape(card.name), ("", ""), facts))
+    if card.axes:
+        rows = [(axis.name, f"{axis.size:,}", axis.kind, str(axis.tensors)) for axis in card.axes]
+        console.print(_table("axes", ("axis", "size", "kind", "tensors"), rows))
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Any) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", show_header=any(columns), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    return table
+
+
+if __name__ == "__main__":
+    main()

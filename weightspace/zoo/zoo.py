@@ -1,0 +1,369 @@
+"""The zoo as its users see it: ``Zoo(folder)`` with ``index``, ``table``, ``similar`` and ``failures``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightspace.errors import ZooError
+from weightspace.paths import cache_dir
+from weightspace.zoo.examine import Examined, examine, models_in, stamp_of
+from weightspace.zoo.store import FileStamp, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from weightspace.checkpoint import Checkpoint
+
+INDEX_FOLDER = ".weightspace"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A model of the zoo and its distance from the one asked about; 0 is the same up to symmetry."""
+
+    name: str
+    distance: float
+    path: Path
+    card: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What one run of ``Zoo.index`` did.
+
+    ``models`` counts what the index holds now, ``failures`` and ``ignored`` give each file with the reason,
+    ``index`` is the folder of the index; the other numbers count files.
+    """
+
+    models: int
+    described: int
+    unchanged: int
+    removed: int
+    ignored: tuple[tuple[str, str], ...]
+    failures: tuple[tuple[str, str], ...]
+    index: Path
+    seconds: float
+
+
+class Zoo:
+    """A folder of models and its index.
+
+    ::
+
+        zoo = ws.Zoo("models/")
+        zoo.index()                         # opens, wires and describes every model in the folder
+        zoo.table()                         # a pandas frame, one row per model
+        zoo.similar("model.safetensors")    # the nearest models, with distances
+
+    The index lies in ``<folder>/.weightspace``, or in the platform's cache (``WEIGHTSPACE_CACHE`` moves it)
+    when the folder cannot be written to; ``index=`` puts it elsewhere. ``zoo.index_folder`` says where.
+    Raises ``ZooError`` when the folder does not exist.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], index: str | os.PathLike[str] | None = None) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        if not self.folder.is_dir():
+            raise ZooError(f"{self.folder} is not a folder; a zoo is a folder of model files")
+        self.index_folder = (
+            _index_folder(self.folder) if index is None else Path(index).expanduser().resolve()
+        )
+
+    def __repr__(self) -> str:
+        return f"Zoo({str(self.folder)!r}, index={str(self.index_folder)!r})"
+
+    def index(self, jobs: int | None = None, progress: bool = True, force: bool = False) -> IndexReport:
+        """Bring the index up to date with the folder.
+
+        Every file is recognised by its content. Files with the size and time, or else the hash, that the
+        index knows are skipped; those that are gone are dropped. Each file is committed on its own: after a
+        kill the next run goes on where this one stopped. ``jobs`` is the number of worker processes
+        (default: one per core, fewer when there is little to do); ``force`` describes everything anew.
+        """
+        from time import perf_counter
+
+        from filelock import FileLock, Timeout
+
+        started = perf_counter()
+        if self.index_folder == self.folder / INDEX_FOLDER and not _writable(self.folder):
+            self.index_folder = _cached_folder(self.folder)
+        self.index_folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.index_folder / "lock", timeout=0)
+        try:
+            with lock, self._store(write=True) as store:
+                return self._update(store, jobs, progress, force, started)
+        except Timeout as error:
+            raise ZooError(
+                f"another process is indexing {self.folder} (it holds {lock.lock_file}); wait for it to end"
+            ) from error
+
+    def table(self) -> pd.DataFrame:
+        """One row per model: what its card says, and its training record where it has one."""
+        import pandas as pd
+
+        with self._store(write=False) as store:
+            models = store.models()
+        rows = []
+        for model in models:
+            card = model.card
+            record = {key: value for key, value in card["record"].items() if not isinstance(value, dict)}
+            columns = {
+                "name": model.name,
+                "format": card["format"],
+                "architecture": card["architecture"],
+                "parameters": card["parameters"],
+                "tensors": card["tensors"],
+                "bytes": card["bytes"],
+                "recognised": card["recognised"],
+                "wiring": card["wiring"],
+                "error": card["error"],
+                "movable": card["movable"],
+                "findings": len(card["findings"]),
+                "sha256": model.sha256,
+            }
+            rows.append({**{key: value for key, value in record.items() if key not in columns}, **columns})
+        frame = pd.DataFrame(rows)
+        return frame.set_index("name") if rows else frame
+
+    def embeddings(self) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
+        """Names of all models and their embeddings, (models, features), float32."""
+        with self._store(write=False) as store:
+            return store.embeddings()
+
+    def similar(
+        self, x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor], k: int = 10
+    ) -> list[Neighbour]:
+        """The ``k`` models of the zoo nearest to ``x``, nearest first.
+
+        ``x`` is a file (also ``file!member``), a checkpoint, named tensors, or the name of a model in the
+        zoo. A model of the zoo is not its own neighbour; a copy of it is, at distance 0.
+        Raises ``ZooError`` when the zoo has no index yet or holds no model.
+        """
+        from weightspace.retrieval import distances
+
+        with self._store(write=False) as store:
+            names, vectors = store.embeddings()
+            if not names:
+                raise ZooError(
+                    f"the index of {self.folder} holds no model; run `weightspace index` on it first"
+                )
+            own, query = self._query(store, x)
+            order = distances(np.asarray(query, dtype=np.float64), np.asarray(vectors, dtype=np.float64))
+            neighbours = []
+            for position in np.argsort(order, kind="stable"):
+                name = names[int(position)]
+                if name == own:
+                    continue
+                if len(neighbours) == k:
+                    break
+                model = store.model(name)
+                assert model is not None
+                neighbours.append(
+                    Neighbour(name, float(order[position]), self.folder / model.path, model.card)
+                )
+        return neighbours
+
+    def failures(self) -> list[tuple[str, str]]:
+        """Files that look like checkpoints but could not be read, each with the reason."""
+        with self._store(write=False) as store:
+            return store.outcomes("failed")
+
+    def ignored(self) -> list[tuple[str, str]]:
+        """Files that are no checkpoints, each with the reason."""
+        with self._store(write=False) as store:
+            return store.outcomes("ignored")
+
+    @contextmanager
+    def _store(self, write: bool) -> Iterator[Store]:
+        from weightspace.retrieval.descriptor import DIMENSION, VERSION
+
+        store = Store(self.index_folder, DIMENSION, f"descriptor-{VERSION}", write)
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def _query(
+        self, store: Store, x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
+    ) -> tuple[str | None, np.ndarray[Any, np.dtype[np.float32]]]:
+        """Name in the zoo (None for a model from elsewhere) and embedding of what is asked about."""
+        from weightspace import checkpoint
+        from weightspace.zoo.examine import describe_model
+
+        if isinstance(x, Mapping):
+            opened = x if isinstance(x, checkpoint.Checkpoint) else checkpoint.from_tensors(x)
+            return None, describe_model(opened, "query", "", "")[0].embedding
+        known = store.model(str(x))
+        if known is not None and not Path(x).exists():
+            return known.name, known.embedding
+        text = str(x)
+        path = Path(text)
+        member = None
+        if not path.exists() and "!" in text:
+            head, _, member = text.partition("!")
+            path = Path(head)
+        if not path.exists():
+            raise ZooError(f"{text} is neither a file nor the name of a model in {self.folder}")
+        resolved = path.resolve()
+        if resolved.is_relative_to(self.folder):
+            name = resolved.relative_to(self.folder).as_posix() + (f"!{member}" if member else "")
+            stamp = store.stamps().get(resolved.relative_to(self.folder).as_posix())
+            fresh = stamp is not None and (stamp.size, stamp.mtime_ns) == stamp_of(resolved)
+            indexed = store.model(name)
+            if indexed is not None and fresh:
+                return name, indexed.embedding
+        else:
+            name = path.name + (f"!{member}" if member else "")
+        for opened, model in models_in(path, name.partition("!")[0] if member else name):
+            if member is None and model != name:
+                raise ZooError(f"{text} holds several models; ask about one of them, such as {model!r}")
+            if model == name:
+                inside = name if resolved.is_relative_to(self.folder) else None
+                return inside, describe_model(opened, model, "", "")[0].embedding
+        raise ZooError(f"{path} has no model named {member!r}")
+
+    def _update(
+        self, store: Store, jobs: int | None, progress: bool, force: bool, started: float
+    ) -> IndexReport:
+        from time import perf_counter
+
+        from weightspace.zoo.progress import bar
+
+        known = store.stamps()
+        present = dict(_candidates(self.folder, self.index_folder))
+        store.drop(gone := [name for name in known if name not in present])
+        todo: list[tuple[Path, str, str | None]] = []
+        for name, path in present.items():
+            stamp = known.get(name)
+            if not force and stamp is not None and (stamp.size, stamp.mtime_ns) == _stamp_or_none(path):
+                continue
+            todo.append((path, name, stamp.sha256 if stamp is not None and not force else None))
+        described = 0
+        with bar(f"indexing {self.folder.name}", len(todo), progress) as advance:
+            for result in _examine_all(todo, jobs):
+                if result.outcome == "unchanged":
+                    store.touch(result.path, result.stamp)
+                else:
+                    store.put(result.path, result.stamp, result.outcome, result.reason, result.models)
+                    described += result.outcome == "models"
+                advance(result.path)
+        return IndexReport(
+            models=store.count(),
+            described=described,
+            unchanged=len(present) - len(todo),
+            removed=len(gone),
+            ignored=tuple(store.outcomes("ignored")),
+            failures=tuple(store.outcomes("failed")),
+            index=self.index_folder,
+            seconds=perf_counter() - started,
+        )
+
+
+def _examine_all(todo: Sequence[tuple[Path, str, str | None]], jobs: int | None) -> Iterator[Examined]:
+    """Examine files in worker processes, results as they come. A worker that dies costs only its own file."""
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    # A worker costs a second or two to import torch: not worth it for a handful of files.
+    wanted = jobs if jobs is not None else min(os.cpu_count() or 1, 1 + len(todo) // 8)
+    if wanted == 1 or len(todo) <= 1:
+        for item in todo:
+            yield examine(*item)
+        return
+    left = {item[1]: item for item in todo}
+    try:
+        parallel = Parallel(n_jobs=wanted, return_as="generator_unordered", pre_dispatch="2*n_jobs")
+        for result in parallel(delayed(examine)(*item) for item in todo):
+            left.pop(result.path)
+            yield result
+        return
+    except TerminatedWorkerError:
+        pass  # out of memory or a crash in native code: find out which file, one at a time
+    for name, item in left.items():
+        try:
+            yield from Parallel(n_jobs=2, return_as="list")([delayed(examine)(*item)])
+        except TerminatedWorkerError:
+            size, mtime_ns = _stamp_or_none(item[0]) or (0, 0)
+            reason = "the process reading it died (out of memory, or a crash in native code)"
+            yield Examined(name, FileStamp(size, mtime_ns, ""), "failed", reason)
+
+
+def _candidates(folder: Path, index: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below the folder that may hold a model, with its name in the zoo.
+
+    Hidden files and folders are passed over, and links that lead out of the zoo are not followed. A Hugging
+    Face folder (a config beside weights, perhaps in shards) is one candidate.
+    """
+    for current, folders, files in os.walk(folder):
+        here = Path(current)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not (here / name).is_symlink() and here / name != index
+        )
+        covered: set[str] = set()
+        if here != folder and _is_model_folder(files):
+            covered = {name for name in files if _in_model_folder(name)}
+            yield here.relative_to(folder).as_posix(), here
+        for name in sorted(files):
+            path = here / name
+            if name.startswith(".") or name in covered or name.endswith(".tmp"):
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(folder):
+                continue
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path
+
+
+def _is_model_folder(files: Sequence[str]) -> bool:
+    config = "config.json" in files or "adapter_config.json" in files
+    return any(name.endswith(".index.json") for name in files) or (config and any(map(_is_weights, files)))
+
+
+def _is_weights(name: str) -> bool:
+    stem = name.startswith(("model", "pytorch_model", "adapter_model"))
+    return stem and name.endswith((".safetensors", ".bin"))
+
+
+def _in_model_folder(name: str) -> bool:
+    return _is_weights(name) or name.endswith((".json", ".txt", ".md", ".model", ".jinja"))
+
+
+def _stamp_or_none(path: Path) -> tuple[int, int] | None:
+    try:
+        return stamp_of(path)
+    except OSError:
+        return None
+
+
+def _index_folder(folder: Path) -> Path:
+    """Where the index of a folder lies: inside it, or in the cache when it cannot be written to."""
+    inside, cached = folder / INDEX_FOLDER, _cached_folder(folder)
+    if _writable(folder):
+        return inside
+    # An index that came along with a read-only zoo can be asked; brought up to date it is in the cache.
+    came_along = (inside / "index.sqlite").is_file() and not (cached / "index.sqlite").is_file()
+    return inside if came_along else cached
+
+
+def _cached_folder(folder: Path) -> Path:
+    return cache_dir() / "zoos" / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+
+
+def _writable(folder: Path) -> bool:
+    # Asked of the file system itself: on a read-only mount the permission bits, and root, say otherwise.
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
