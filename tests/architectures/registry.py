@@ -72,6 +72,7 @@ def case(
         def seeded() -> Built:
             torch.manual_seed(0)
             module, args, kwargs = build()
+            enliven(module)
             return module.eval(), args, kwargs
 
         if name in CASES:
@@ -80,6 +81,27 @@ def case(
         return seeded
 
     return register
+
+
+def enliven(module: nn.Module) -> None:
+    """Takes weights out of initial values so small, or so regular, that nothing depends on them.
+
+    Matrices whose entries are far below 1/√fan-in are scaled up to it, as deep nets at the usual 0.02 are
+    zero in float32 by their last layer; vectors and running statistics get some noise.
+    """
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif parameter.numel() > parameter.shape[0]:
+                wanted, spread = parameter[0].numel() ** -0.5, float(parameter.std())
+                if 0 < spread < wanted / 2:
+                    parameter.mul_(wanted / spread)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
 
 
 def axes(*sizes: int) -> Counter[Factor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -478,3 +479,135 @@ hf(
     },
     large_pixels,
 )
+
+# Depthwise and pointwise convolutions in turn: one axis a pointwise convolution (32, 64, 128 … channels
+# scaled by a tenth, at least 8).
+hf(
+    "mobilenet-v1",
+    "MobileNetV1",
+    IMAGES,
+    axes(8) + axes(8, 12, 12, 25, 25) + times(6, axes(51)) + times(2, axes(102)),
+    {"depth_multiplier": 0.1, "num_labels": 5},
+    large_pixels,
+)
+
+
+# A quarter of the usual channels. The stem is a convolution, a depthwise one and a projection.
+def mobilenet_v2() -> Mapping[Factor, int]:
+    widths = [8] * 6 + [16] * 4 + [24] * 3 + [40] * 3 + [80]
+    strided = (0, 2, 5, 12)
+    free = axes(8, widths[0], 320)
+    for block, (before, after) in enumerate(pairwise(widths)):
+        free += axes(6 * before)
+        if before != after or block in strided:
+            free += axes(after)
+    return free
+
+
+hf(
+    "mobilenet-v2",
+    "MobileNetV2",
+    IMAGES,
+    mobilenet_v2(),
+    {"depth_multiplier": 0.25, "finegrained_output": False, "num_labels": 5},
+    large_pixels,
+)
+
+
+# A MobileViT block: a strided inverted residual gives the stream; a 3×3 convolution, the transformer's
+# width, the projection back and the fusion of both are axes of their own.
+def mobilevit_block(expanded: int, width: int, hidden: int, layers: int) -> Mapping[Factor, int]:
+    free = axes(expanded, width, width, hidden, width, width)
+    return free + times(layers, attention(2, hidden // 2) + axes(2 * hidden))
+
+
+hf(
+    "mobilevit",
+    "MobileViT",
+    IMAGES,
+    axes(8, 16, 12)  # stem; expanded and projected axes of the first layer
+    + axes(24, 16, 32, 32)  # one block of stride 2, two with a shortcut
+    + mobilevit_block(32, 20, 16, 2)
+    + mobilevit_block(40, 24, 24, 4)
+    + mobilevit_block(48, 28, 32, 3)
+    + axes(40),
+    {
+        "hidden_sizes": [16, 24, 32],
+        "neck_hidden_sizes": [8, 12, 16, 20, 24, 28, 40],
+        "num_attention_heads": 2,
+        "expand_ratio": 2.0,
+        "image_size": 128,
+        "num_labels": 5,
+    },
+    lambda: {"pixel_values": pixels(128)},
+)
+# (expanded, squeeze, stream) of each block; the first does not expand, the third has a shortcut.
+hf(
+    "efficientnet",
+    "EfficientNet",
+    IMAGES,
+    axes(8) + axes(2, 8) + axes(32, 2, 16) + axes(64, 4) + axes(64, 4, 16) + axes(320),
+    {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 1.0,
+        "in_channels": [32, 32, 64],
+        "out_channels": [32, 64, 64],
+        "kernel_sizes": [3, 3, 5],
+        "strides": [1, 2, 1],
+        "num_block_repeats": [1, 2, 1],
+        "expand_ratios": [1, 4, 4],
+        "hidden_dim": 320,
+        "num_labels": 5,
+    },
+    large_pixels,
+)
+# Keys and values are read from a strided convolution of the stream, with an axis of its own (but for the
+# last stage). The decoder concatenates one projection of each stage.
+hf(
+    "segformer",
+    "Segformer",
+    "ForSemanticSegmentation",
+    axes(8, 16, 24, 32)
+    + axes(8, 16, 24)
+    + sum((attention(heads, 8) + axes(16 * heads) for heads in (1, 2, 3, 4)), axes())
+    + times(5, axes(20)),
+    {
+        "hidden_sizes": [8, 16, 24, 32],
+        "num_attention_heads": [1, 2, 3, 4],
+        "depths": [1, 1, 1, 1],
+        "mlp_ratios": [2, 2, 2, 2],
+        "decoder_hidden_size": 20,
+        "num_labels": 5,
+    },
+    lambda: {"pixel_values": pixels(64)},
+)
+hf(
+    "poolformer",
+    "PoolFormer",
+    IMAGES,
+    axes(8, 12, 16, 20) + axes(16, 24, 32, 40),
+    {
+        "hidden_sizes": [8, 12, 16, 20],
+        "depths": [1, 1, 1, 1],
+        "mlp_ratio": 2.0,
+        "layer_scale_init_value": 0.5,
+        "num_labels": 5,
+    },
+    lambda: {"pixel_values": pixels(64)},
+)
+
+# Sound. Positions come from a convolution of the stream in two groups, added to the stream: groups move
+# as wholes, channels inside their group.
+SPEECH = {
+    **text(),
+    "conv_dim": [12, 16, 20],
+    "conv_kernel": [10, 3, 2],
+    "conv_stride": [5, 2, 2],
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_prob": 0.0,
+}
+SPEECH_FREE = axes(12, 16, 20) + axes(2) + inside(WIDTH // 2, 2) + times(LAYERS, PLAIN)
+hf("wav2vec2", "Wav2Vec2", "ForCTC", SPEECH_FREE, SPEECH, lambda: {"input_values": torch.randn(2, 400)})
+hf("hubert", "Hubert", "ForCTC", SPEECH_FREE, SPEECH, lambda: {"input_values": torch.randn(2, 400)})
