@@ -1,7 +1,7 @@
 """The MNIST example net of the Burn framework: three 3x3 convolutions, batch norm, two linear layers.
 
-Assumed, because shapes cannot tell: ReLU after each convolution and after the first linear layer, batch norm
-after the third ReLU, log-softmax at the end.
+Assumed, because shapes cannot tell: ReLU after each convolution and after the first linear layer, batch
+norm after the third ReLU, log-softmax at the end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """CREPE pitch tracker (Kim et al. 2018), names of torchcrepe, any capacity from tiny to full.
 
-Six convolutions over 1,024 samples, each followed by ReLU, batch norm (eps 1e-3) and max pooling by two, then
-one linear layer over the map flattened time-major, with a sigmoid over 360 pitch bins.
+Six convolutions over 1,024 samples, each followed by ReLU, batch norm (eps 1e-3) and max pooling by two,
+then one linear layer over the map flattened time-major, with a sigmoid over 360 pitch bins.
 """
 
 from __future__ import annotations

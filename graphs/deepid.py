@@ -1,8 +1,8 @@
 """The DeepID face net (Sun et al. 2014) of the CSAW backdoor challenge, weights only, Keras layouts.
 
 Three convolutions with max pooling; two linear layers read the third pooled map and the fourth convolution
-above it; their sum passes ReLU into the classifier. Kernels are (height, width, in, out) and maps are flattened
-channels-last. Assumed: ReLU after each convolution, no padding, softmax at the end.
+above it; their sum passes ReLU into the classifier. Kernels are (height, width, in, out) and maps are
+flattened channels-last. Assumed: ReLU after each convolution, no padding, softmax at the end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Ultra-light face detector, RFB variant (version-RFB-320 and 640): a single-shot detector.
 
-A backbone of depthwise-separable convolutions with one receptive-field block (Liu et al. 2018), four feature
-maps with a class head and a box head each. Strides, dilations and activations are those of the ONNX twin.
-Raw box offsets are returned; decoding them against the fixed priors adds no parameters.
+A backbone of depthwise-separable convolutions with one receptive-field block (Liu et al. 2018), four
+feature maps with a class head and a box head each. Strides, dilations and activations are those of the ONNX
+twin. Raw box offsets are returned; decoding them against the fixed priors adds no parameters.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A first 3x3 convolution with ReLU and average pooling, then pairs of 3x3 convolutions with ReLU whose second
 member is added to the running sum, each followed by batch norm without affine parameters and, where the
 checkpoint has one, a per-channel scale; then global average pooling and a linear layer. Slimmed files also
-record which channels of the wide parent were kept; these lists take no part in the function.
-Assumed: pooling of 4x3 (res8; it touches no channel), no dilation, scale after batch norm.
+record which channels of the wide parent were kept; these lists take no part in the function. Assumed:
+pooling of 4x3 (res8; it touches no channel), no dilation, scale after batch norm.
 """
 
 from __future__ import annotations

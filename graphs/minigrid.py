@@ -1,8 +1,8 @@
 """Actor-critic nets for MiniGrid from TrojAI's reinforcement-learning rounds.
 
-``BasicFCModel`` flattens the 7x7x3 view into an MLP with ReLU; ``SimplifiedRLStarter`` reads it with three 2x2
-convolutions (max pooling after the first) and uses tanh in its heads. Both return log-probabilities of the
-actions and a value.
+``BasicFCModel`` flattens the 7x7x3 view into an MLP with ReLU; ``SimplifiedRLStarter`` reads it with three
+2x2 convolutions (max pooling after the first) and uses tanh in its heads. Both return log-probabilities of
+the actions and a value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bias-free perceptrons ``l1, l2, ...`` in tinygrad's naming, ReLU between the layers (assumed)."""
+"""Bias-free perceptrons ``l1, l2, ...`` of tinygrad, with leaky ReLU of slope 0.01 (assumed)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _MLP(nn.Module):
         for i in range(1, self.depth + 1):
             x = self.get_submodule(f"l{i}")(x)
             if i < self.depth:
-                x = F.relu(x)
+                x = F.leaky_relu(x)
         return x
 
 

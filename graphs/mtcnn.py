@@ -1,7 +1,7 @@
 """MTCNN face detector: proposal, refinement and output nets (Zhang et al. 2016), names of facenet-pytorch.
 
-Pooling and the (width, height, channel) order of the flattening are those of the Caffe original: max pooling
-rounds up, and the map is transposed before it is flattened.
+Pooling and the (width, height, channel) order of the flattening are those of the Caffe original: max
+pooling rounds up, and the map is transposed before it is flattened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """NiNo without its graph network (Knyazev et al. 2025): a metanetwork that forecasts each weight on its own.
 
-The last ``context`` values of a weight are projected, an embedding of the layer's kind is added, an MLP with
-SiLU (assumed from the paper's code) predicts the change over the next steps, added to the last value.
+The last ``context`` values of a weight are projected, an embedding of the layer's kind is added, an MLP
+with SiLU (assumed from the paper's code) predicts the change over the next steps, added to the last value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A perceptron kept as bare NumPy matrices ``__syn0, __syn1, ...`` that multiply from the right.
 
 The input carries a constant one as its last entry in place of a first bias; there are no other biases. The
-activation follows every layer, the last one too. Assumed: a sigmoid.
+activation follows every layer, the last one too. Assumed: ReLU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat((x, torch.ones_like(x[:, :1])), dim=1)
         for weight in self.layers:
-            x = torch.sigmoid(x @ weight)
+            x = torch.relu(x @ weight)
         return x
 
 

@@ -114,10 +114,10 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
                 stride = 2 if stage > 1 and block == 0 else 1
                 shortcuts = [s for s in ("shortcut", "downsample") if f"{prefix}{s}.0.weight" in shapes]
                 shortcut = shortcuts[0] if shortcuts else None
-                if shortcut is None and widths[-1] != widths[0]:
-                    # Option A: the original pads planes // 4 on each side, which must make up the difference.
-                    if widths[-1] != widths[0] + 2 * (widths[-1] // 4):
-                        return None
+                # Option A: the original pads planes // 4 on each side, which must make up the difference.
+                padded = widths[0] + 2 * (widths[-1] // 4)
+                if shortcut is None and widths[-1] not in (widths[0], padded):
+                    return None
                 kinds.add("B" if shortcut else "A" if stride == 2 else "")
                 blocks.append(_Block(widths, [w[2] for w in weights], stride, shortcut))
                 width, convolutions = widths[-1], convolutions + len(weights)

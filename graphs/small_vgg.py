@@ -1,7 +1,7 @@
 """The small VGG of backdoor benchmarks (I-BAU, Zeng et al. 2022): three pairs of convolutions with ELU.
 
-Convolution, batch norm and ELU (assumed from the benchmark) take three places in ``features``, max pooling and
-dropout two more after each pair; one linear layer follows.
+Convolution, batch norm and ELU (assumed from the benchmark) take three places in ``features``, max pooling
+and dropout two more after each pair; one linear layer follows.
 """
 
 from __future__ import annotations

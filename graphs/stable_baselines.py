@@ -1,9 +1,10 @@
-"""Actor-critic policies of Stable-Baselines3 (A2C, PPO): MLPs on vectors, or the Nature CNN on Atari frames.
+"""Actor-critic policies of Stable-Baselines3 (A2C, PPO): MLPs, or the Nature CNN on Atari frames.
 
-Returned are the action distribution's mean (or logits), the value, and the standard deviation where the policy
-keeps one: a free parameter, or, with state-dependent exploration (Raffin et al. 2021), a matrix that multiplies
-the squared features of the last policy layer, so that its rows follow that layer. The activation is read from
-the policy's keyword arguments when the file carries them; otherwise tanh, the default (ReLU in the CNN).
+Returned are the action distribution's mean (or logits), the value, and the standard deviation where the
+policy keeps one: a free parameter, or, with state-dependent exploration (Raffin et al. 2021), a matrix that
+multiplies the squared features of the last policy layer, so that its rows follow that layer. The activation
+is read from the policy's keyword arguments when the file carries them; otherwise tanh, the default (ReLU in
+the CNN).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """textgenrnn character models (Keras weights): embedding, stacked LSTMs, attention-weighted average, softmax.
 
 The embedding and the output of every LSTM are concatenated and averaged over time with attention weights.
-The files come from Keras' CuDNN layer, which shows in biases of eight times the hidden size. Its kernels are
-kept (in, gates x hidden) but each gate's memory reads as a (hidden, in) matrix, row by row. Where the two sizes
-differ (the first layer), a permutation of the hidden units is therefore not one of the array's own axes, and
-neither is one of the embedding; both stay pinned. Plain LSTM files, with biases of four times the hidden size,
-have no such twist.
+The files come from Keras' CuDNN layer, which shows in biases of eight times the hidden size. Its kernels
+are kept (in, gates x hidden) but each gate's memory reads as a (hidden, in) matrix, row by row. Where the
+two sizes differ (the first layer), a permutation of the hidden units is therefore not one of the array's
+own axes, and neither is one of the embedding; both stay pinned. Plain LSTM files, with biases of four times
+the hidden size, have no such twist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = re.compile(r"(?P<layer>embedding|rnn_\d+|attention|output)(_\d+)?/(?:.*/
 
 
 class _LSTM(nn.Module):
-    """One Keras LSTM layer with its parameters as the file lays them out; gates input, forget, cell, output."""
+    """One Keras LSTM layer, parameters as the file lays them out; gates input, forget, cell, output."""
 
     def __init__(self, kernel: tuple[int, ...], hidden: int, bias: int) -> None:
         super().__init__()

@@ -2,10 +2,10 @@
 
 Pre-norm blocks, learned positions, optional MLP (gated or not), LayerNorm with weights, RMS norm, or norms
 folded into their neighbours. Heads are read from the shapes. Not in the shapes: whether attention looks
-ahead. Nets with at most two outputs are classifiers of whole sequences and taken as bidirectional, others
-as causal; the mask does not touch any axis of a weight. MLP activation: ReLU for bidirectional nets, GELU
-otherwise (pointwise, hence the same symmetries). Rotary positions leave no tensor, so that nets without
-``pos_embed`` are declined.
+ahead. The default is causal, as in the library; nets with MLPs and at most two outputs are taken as
+bidirectional with ReLU (ARENA's bracket classifier, read at its first position, is one; its attention-only
+palindrome classifiers are causal and read at the last). Neither the mask nor the activation touches an axis
+of a weight. Rotary positions leave no tensor, so that nets without ``pos_embed`` are declined.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     depth = 1 + max(int(name.split(".")[1]) for name in parts if name.startswith("blocks."))
     if not _complete(parts, depth):
         return None
-    causal = shapes["unembed.W_U"][1] > 2
+    causal = shapes["unembed.W_U"][1] > 2 or "blocks.0.mlp" not in parts
     with torch.device("meta"):
         blocks = []
         for i in range(depth):

@@ -1,10 +1,11 @@
-"""VGG nets (Simonyan & Zisserman 2015), with or without batch norm, any widths: ``features`` and ``classifier``.
+"""VGG nets (Simonyan & Zisserman 2015) of any width, with or without batch norm.
 
-Covers torchvision's VGG-11 to 19, the CIFAR versions with a smaller classifier, and the narrow subnets grafted
-into them by subnet replacement attacks (Qi et al. 2022). The indices inside ``features`` tell where pooling
-layers sit; a last pooling layer is assumed. The map that the classifier flattens is brought to the size that
-its weights ask for by adaptive average pooling, as torchvision does. Assumed: ReLU after every convolution and
-between linear layers, and, as in those subnets, after a classifier with a single output.
+Tensors live under ``features`` and ``classifier``. Covers torchvision's VGG-11 to 19, the CIFAR versions
+with a smaller classifier, and the narrow subnets grafted into them by subnet replacement attacks (Qi et al.
+2022). The indices inside ``features`` tell where pooling layers sit; a last pooling layer is assumed. The
+map that the classifier flattens is brought to the size that its weights ask for by adaptive average
+pooling, as torchvision does. Assumed: ReLU after every convolution and between linear layers, and, as in
+those subnets, after a classifier with a single output.
 """
 
 from __future__ import annotations
