@@ -266,7 +266,12 @@ def _read_attribute(attribute: Any) -> Any:
         return _read_tensor(attribute.t, "", {})
     if kind in (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.TYPE_PROTO):
         return None
-    value = onnx.helper.get_attribute_value(attribute)
+    if kind == onnx.AttributeProto.UNDEFINED:  # the first files did not say which field they use
+        value = next((getattr(attribute, f) for f in ("i", "f", "s") if attribute.HasField(f)), None)
+        if value is None:
+            value = next((v for v in (attribute.ints, attribute.floats, attribute.strings) if v), ())
+    else:
+        value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, (int, float)):

@@ -1,0 +1,677 @@
+"""The algebra of axes that tracing works in: which axis elements move together, and how.
+
+Every dimension of every tensor that a trace meets is a *product* of **atoms** (``Dim``, row-major).
+An atom is primitive, or it has a *form* that was learnt later:
+
+- ``Product``  a reshape split it:            ``channels = heads x head_dim``
+- ``Sum``      a slice or concatenation cut it: ``channels = left + right``
+- ``Family``   its identity depends on the position along another atom of the same tensor:
+  in a fused ``(3, heads, head_dim)`` projection the heads of q, of k and of v are three atoms, told
+  apart by the position along ``3``.
+
+``Ledger.unify`` says that two dims are the same dim: union-find on primitive atoms, common refinement
+where forms differ. Where two forms cannot be reconciled both are pinned, so a disagreement costs
+symmetry and never correctness.
+
+An atom may also be *fibred* over others (``over``): ``head_dim`` over ``heads`` means that each head may
+have a permutation of its own. An atom is fibred over exactly those atoms that accompany it, aligned, in
+every tensor where it occurs; ``Ledger.observe`` narrows the set as tensors appear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+class Atom:
+    """A node of the union-find. Compare by ``Ledger.find``; ``form`` is None for a primitive atom."""
+
+    __slots__ = ("form", "ident", "over", "parent", "pinned", "reason", "size", "wards")
+
+    def __init__(self, ident: int, size: int, pinned: bool, reason: str) -> None:
+        self.ident = ident
+        self.size = size
+        self.pinned = pinned
+        self.reason = reason
+        self.parent: Atom | None = None
+        self.form: Product | Sum | Family | None = None
+        # Atoms that accompany this one wherever it occurs; None until it is first observed.
+        self.over: set[Atom] | None = None
+        # Atoms that may be fibred over this one (a superset, checked on use).
+        self.wards: set[Atom] = set()
+
+    def __repr__(self) -> str:
+        form = type(self.form).__name__.lower() if self.form else "atom"
+        return f"<{form} {self.ident}:{self.size}{' pinned' if self.pinned else ''}>"
+
+
+Dim = list[Atom]
+
+
+@dataclass(frozen=True)
+class Product:
+    factors: tuple[Atom, ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    parts: tuple[tuple[Atom, ...], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Member ``j`` applies where the position along ``index`` lies in ``[bounds[j], bounds[j + 1])``."""
+
+    index: Atom
+    bounds: tuple[int, ...]
+    members: tuple[Atom, ...]
+
+
+# A restriction of one tensor: positions [start, stop) of the atom, which then reads as `into`.
+Cut = tuple[Atom, int, int, Dim]
+
+
+def size_of(dim: Iterable[Atom]) -> int:
+    return prod(a.size for a in dim)
+
+
+class Irreconcilable(Exception):
+    """Internal: a dim cannot be cut or factored where an operation cuts it."""
+
+
+class Ledger:
+    """All atoms of one trace and what has been learnt about them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.conflicts: list[str] = []
+
+    # ---------------------------------------------------------------- making and reading
+
+    def atom(self, size: int, *, pinned: bool = False, reason: str = "") -> Atom:
+        self._count += 1
+        return Atom(self._count, size, pinned, reason)
+
+    def dim(self, size: int, *, pinned: bool = False, reason: str = "") -> Dim:
+        """A fresh dim; size 1 is the empty product."""
+        return [] if size == 1 else [self.atom(size, pinned=pinned, reason=reason)]
+
+    def find(self, a: Atom) -> Atom:
+        root = a
+        while root.parent is not None:
+            root = root.parent
+        while a is not root:
+            assert a.parent is not None
+            a.parent, a = root, a.parent
+        if isinstance(root.form, Family):
+            members = {self.find(m) for m in root.form.members}
+            if len(members) == 1 and root not in members:
+                root.parent = members.pop()
+                return self.find(root)
+        return root
+
+    def normal(self, dim: Iterable[Atom]) -> Dim:
+        """Products expanded, roots taken, unit atoms dropped."""
+        out: Dim = []
+        for a in dim:
+            a = self.find(a)
+            if isinstance(a.form, Product):
+                out += self.normal(a.form.factors)
+            elif isinstance(a.form, Sum) and len(a.form.parts) == 1:
+                out += self.normal(a.form.parts[0])
+            elif a.size != 1:
+                out.append(a)
+        return out
+
+    def leaves(self, dim: Iterable[Atom]) -> list[Atom]:
+        """Primitive atoms below a dim, in order, with repetitions."""
+        out: list[Atom] = []
+        for a in self.normal(dim):
+            if a.form is None:
+                out.append(a)
+            elif isinstance(a.form, Sum):
+                for part in a.form.parts:
+                    out += self.leaves(part)
+            else:
+                assert isinstance(a.form, Family)
+                for member in a.form.members:
+                    out += self.leaves([member])
+        return out
+
+    def is_pinned(self, dim: Iterable[Atom]) -> bool:
+        return all(a.pinned for a in self.leaves(dim))
+
+    def pin(self, dim: Iterable[Atom], reason: str) -> None:
+        for a in self.leaves(dim):
+            if not a.pinned:
+                a.pinned, a.reason = True, reason
+
+    # ---------------------------------------------------------------- refining
+
+    def _define(self, a: Atom, form: Product | Sum) -> None:
+        """Give a primitive atom a form; what was fibred over it follows."""
+        wards = self._wards(a)
+        a.form = form
+        if isinstance(form, Product):
+            for ward in wards:
+                assert ward.over is not None
+                ward.over.discard(a)
+                self._put_over(ward, form.factors)
+        else:
+            self._distribute(a, wards)
+
+    def _wards(self, a: Atom) -> list[Atom]:
+        """Primitive free atoms fibred over ``a``."""
+        found = {self.find(w) for w in a.wards}
+        return [
+            w
+            for w in found
+            if w.form is None and not w.pinned and w.over and any(self.find(o) is a for o in w.over)
+        ]
+
+    def _put_over(self, ward: Atom, indices: Iterable[Atom]) -> None:
+        assert ward.over is not None
+        for index in indices:
+            ward.over.add(index)
+            index.wards.add(ward)
+
+    def _distribute(self, index: Atom, wards: Sequence[Atom]) -> None:
+        """``index`` was cut into parts: every atom fibred over it becomes a family, a member per part."""
+        assert isinstance(index.form, Sum)
+        parts = index.form.parts
+        bounds = [0]
+        for part in parts:
+            bounds.append(bounds[-1] + size_of(part))
+        members = {w: [self.atom(w.size, pinned=w.pinned, reason=w.reason) for _ in parts] for w in wards}
+        for ward, twins in members.items():
+            assert ward.over is not None
+            for j, twin in enumerate(twins):
+                twin.over = set()
+                for o in ward.over:
+                    o = self.find(o)
+                    if o is index:
+                        self._put_over(twin, self.normal(parts[j]))
+                    else:
+                        self._put_over(twin, [members[o][j]] if o in members else [o])
+        for ward, twins in members.items():
+            ward.form = Family(index, tuple(bounds), tuple(twins))
+        # Atoms fibred over a ward that is not itself fibred over the index lose that ward.
+
+    def split(self, a: Atom, at: int) -> None:
+        """Cut a primitive atom at a position."""
+        left = self.dim(at, pinned=a.pinned, reason=a.reason)
+        right = self.dim(a.size - at, pinned=a.pinned, reason=a.reason)
+        for piece in left + right:
+            piece.over = None if a.over is None else set()
+            if a.over is not None:
+                self._put_over(piece, [self.find(o) for o in a.over])
+        self._define(a, Sum((tuple(left), tuple(right))))
+
+    def cut(self, dim: Iterable[Atom], start: int, stop: int) -> tuple[Dim, list[Cut]]:
+        """Positions [start, stop) of a dim, and how the other dims of that tensor must be restricted."""
+        dim = self.normal(dim)
+        total = size_of(dim)
+        if start == 0 and stop == total:
+            return dim, []
+        if not dim or stop <= start:
+            raise Irreconcilable
+        head, rest = dim[0], dim[1:]
+        if rest:
+            inner = size_of(rest)
+            if start % inner == 0 and stop % inner == 0:
+                kept, cuts = self.cut([head], start // inner, stop // inner)
+                return kept + self.restrict(rest, cuts), cuts
+            row = start // inner
+            if (stop - 1) // inner == row:
+                kept, cuts = self.cut([head], row, row + 1)
+                inside, more = self.cut(self.restrict(kept + rest, cuts), start - row * inner, stop - row * inner)
+                return inside, cuts + more
+            raise Irreconcilable
+        return self._cut_atom(head, start, stop)
+
+    def _cut_atom(self, a: Atom, start: int, stop: int) -> tuple[Dim, list[Cut]]:
+        if a.form is None:
+            if start > 0:
+                self.split(a, start)
+            elif stop < a.size:
+                self.split(a, stop)
+            return self._cut_atom(a, start, stop)
+        if isinstance(a.form, Family):
+            pieces = [self.cut([m], start, stop)[0] for m in a.form.members]
+            return self._family_of_dims(a.form, pieces), []
+        assert isinstance(a.form, Sum)
+        found: list[tuple[Dim, int, int, list[Cut]]] = []
+        offset = 0
+        for part in a.form.parts:
+            width = size_of(part)
+            lo, hi = max(start, offset), min(stop, offset + width)
+            if lo < hi:
+                piece, cuts = self.cut(part, lo - offset, hi - offset)
+                found.append((piece, lo, hi, cuts))
+            offset += width
+        if len(found) == 1:
+            piece, lo, hi, cuts = found[0]
+            # First down to the part, then inside it.
+            offset = 0
+            for part in a.form.parts:
+                width = size_of(part)
+                if offset <= lo < offset + width:
+                    return piece, [(a, offset, offset + width, self.normal(part)), *cuts]
+                offset += width
+        whole = self.sum_of([piece for piece, *_ in found])
+        return whole, [(a, start, stop, whole)]
+
+    def sum_of(self, dims: Sequence[Dim]) -> Dim:
+        """The concatenation of dims as one dim."""
+        dims = [self.normal(d) for d in dims]
+        if len(dims) == 1:
+            return dims[0]
+        parts: list[tuple[Atom, ...]] = []
+        for d in dims:
+            if len(d) == 1 and isinstance(d[0].form, Sum):
+                parts += d[0].form.parts
+            else:
+                parts.append(tuple(d))
+        a = self.atom(sum(size_of(p) for p in parts))
+        a.form = Sum(tuple(parts))
+        return [a]
+
+    def stack_of(self, dims_per_item: Sequence[Sequence[Dim]]) -> tuple[Dim, list[Dim]]:
+        """Items stacked along a new dim: (the new dim, the other dims), families over the new dim."""
+        count = len(dims_per_item)
+        if count == 1:
+            return [], [self.normal(d) for d in dims_per_item[0]]
+        index = self.atom(count)
+        index.form = Sum(tuple(() for _ in range(count)))
+        template = Family(index, tuple(range(count + 1)), ())
+        others = [
+            self._family_of_dims(template, [list(item[k]) for item in dims_per_item])
+            for k in range(len(dims_per_item[0]))
+        ]
+        return [index], others
+
+    def _family_of_dims(self, like: Family, dims: Sequence[Dim]) -> Dim:
+        """One dim that reads ``dims[j]`` at range j of the family's index."""
+        dims = [self.normal(d) for d in dims]
+        first = dims[0]
+        if all(len(d) == len(first) and all(x is y for x, y in zip(d, first, strict=True)) for d in dims):
+            return first
+        aligned: list[list[Atom]] = []
+        rests = [list(d) for d in dims]
+        while rests[0]:
+            width = rests[0][0].size
+            for r in rests:
+                width = min(width, r[0].size) if r else 1
+            column = []
+            for r in rests:
+                if r[0].size != width:
+                    outer, inner = self.factor(r[0], width)
+                    r[:1] = outer + inner
+                if r[0].size != width:
+                    raise Irreconcilable
+                column.append(r.pop(0))
+            aligned.append(column)
+        out: Dim = []
+        for column in aligned:
+            a = self.atom(column[0].size)
+            a.form = Family(like.index, like.bounds, tuple(column))
+            out.append(a)
+        return self.normal(out)
+
+    def restrict(self, dim: Iterable[Atom], cuts: Sequence[Cut]) -> Dim:
+        """A dim of a tensor after other dims (or its own leading atoms) were cut."""
+        out = self.normal(dim)
+        for index, start, stop, into in cuts:
+            out = [x for a in out for x in self._restrict(a, self.find(index), start, stop, into)]
+        return self.normal(out)
+
+    def _restrict(self, a: Atom, index: Atom, start: int, stop: int, into: Dim) -> Dim:
+        a = self.find(a)
+        if a is index:
+            return list(into)
+        if isinstance(a.form, Family):
+            if self.find(a.form.index) is index:
+                bounds, members = a.form.bounds, a.form.members
+                kept = [j for j in range(len(members)) if bounds[j] < stop and bounds[j + 1] > start]
+                if len(kept) == 1:
+                    j = kept[0]
+                    inner = self.find(members[j])
+                    if (start, stop) != (bounds[j], bounds[j + 1]) and isinstance(inner.form, Family):
+                        width = inner.form.bounds[-1]
+                        if width == bounds[j + 1] - bounds[j]:
+                            return self._restrict(
+                                inner, self.find(inner.form.index), start - bounds[j], stop - bounds[j], into
+                            )
+                    return [inner]
+                new_index = self.normal(into)
+                if len(new_index) != 1:
+                    self.collapse(a)
+                    return [self.find(a)]
+                fresh = self.atom(a.size)
+                new_bounds = [max(bounds[j], start) - start for j in kept] + [min(bounds[kept[-1] + 1], stop) - start]
+                fresh.form = Family(new_index[0], tuple(new_bounds), tuple(members[j] for j in kept))
+                return [fresh]
+            dims = [self._restrict(m, index, start, stop, into) for m in a.form.members]
+            if all(len(d) == 1 and d[0] is self.find(m) for d, m in zip(dims, a.form.members, strict=True)):
+                return [a]
+            return self._family_of_dims(a.form, dims)
+        if isinstance(a.form, Sum):
+            parts = [[x for p in part for x in self._restrict(p, index, start, stop, into)] for part in a.form.parts]
+            same = all(
+                len(q) == len(self.normal(p)) and all(x is y for x, y in zip(q, self.normal(p), strict=True))
+                for p, q in zip(a.form.parts, [self.normal(q) for q in parts], strict=True)
+            )
+            return [a] if same else self.sum_of(parts)
+        if isinstance(a.form, Product):
+            return [x for f in a.form.factors for x in self._restrict(f, index, start, stop, into)]
+        return [a]
+
+    def factor(self, a: Atom, outer: int) -> tuple[Dim, Dim]:
+        """Write an atom as ``outer x (size / outer)``."""
+        a = self.find(a)
+        if a.size % outer:
+            raise Irreconcilable
+        inner = a.size // outer
+        if outer == 1 or inner == 1:
+            return ([], [a]) if outer == 1 else ([a], [])
+        if a.form is None:
+            x = self.atom(outer, pinned=a.pinned, reason=a.reason)
+            y = self.atom(inner, pinned=a.pinned, reason=a.reason)
+            if a.over is not None:
+                roots = [self.find(o) for o in a.over]
+                x.over, y.over = set(), set()
+                self._put_over(x, [*roots, y])
+                self._put_over(y, [*roots, x])
+            self._define(a, Product((x, y)))
+            return [x], [y]
+        if isinstance(a.form, Family):
+            pairs = [self.factor_dim([m], outer) for m in a.form.members]
+            return (
+                self._family_of_dims(a.form, [p[0] for p in pairs]),
+                self._family_of_dims(a.form, [p[1] for p in pairs]),
+            )
+        assert isinstance(a.form, Sum)
+        pairs = []
+        for part in a.form.parts:
+            width = size_of(part)
+            if width % inner:
+                raise Irreconcilable
+            pairs.append(self.factor_dim(part, width // inner))
+        index_dim = self.sum_of([p[0] for p in pairs])
+        if len(index_dim) != 1:
+            raise Irreconcilable
+        index = index_dim[0]
+        if not isinstance(index.form, Sum):
+            raise Irreconcilable
+        bounds = [0]
+        for p in pairs:
+            bounds.append(bounds[-1] + size_of(p[0]))
+        like = Family(index, tuple(bounds), ())
+        return index_dim, self._family_of_dims(like, [p[1] for p in pairs])
+
+    def factor_dim(self, dim: Iterable[Atom], outer: int) -> tuple[Dim, Dim]:
+        """Write a dim as ``outer x rest``."""
+        left: Dim = []
+        rest = self.normal(dim)
+        need = outer
+        while need > 1:
+            if not rest:
+                raise Irreconcilable
+            head = rest.pop(0)
+            if need % head.size == 0:
+                left.append(head)
+                need //= head.size
+            else:
+                x, y = self.factor(head, need)
+                left += x
+                rest = y + rest
+                need = 1
+        return left, rest
+
+    # ---------------------------------------------------------------- unifying
+
+    def unify(self, one: Iterable[Atom], two: Iterable[Atom], why: str) -> None:
+        """Two dims of equal size are the same dim."""
+        f, g = self.normal(one), self.normal(two)
+        if size_of(f) != size_of(g):
+            raise AssertionError(f"unify of sizes {size_of(f)} and {size_of(g)} in {why}")
+        while f and g:
+            a, b = self.find(f[0]), self.find(g[0])
+            if isinstance(a.form, Product):
+                f[:1] = self.normal([a])
+                continue
+            if isinstance(b.form, Product):
+                g[:1] = self.normal([b])
+                continue
+            if a is b:
+                f, g = f[1:], g[1:]
+                continue
+            try:
+                if a.size == b.size:
+                    self._unify_atoms(a, b, why)
+                    f, g = f[1:], g[1:]
+                elif a.size > b.size:
+                    x, y = self._factor_or_pinned(a, b.size, f)
+                    f[:1] = x + y
+                else:
+                    x, y = self._factor_or_pinned(b, a.size, g)
+                    g[:1] = x + y
+            except Irreconcilable:
+                self._clash([*f, *g], why)
+                return
+
+    def _factor_or_pinned(self, a: Atom, outer: int, context: Dim) -> tuple[Dim, Dim]:
+        try:
+            return self.factor(a, outer)
+        except Irreconcilable:
+            if self.is_pinned([a]) and a.size % outer == 0:
+                return self.dim(outer, pinned=True, reason="pinned"), self.dim(a.size // outer, pinned=True, reason="pinned")
+            raise
+
+    def _clash(self, dim: Iterable[Atom], why: str) -> None:
+        dim = list(dim)
+        if not self.is_pinned(dim):
+            sizes = " x ".join(str(a.size) for a in self.normal(dim))
+            self.conflicts.append(f"{why}: dims cut in incompatible ways ({sizes})")
+            self.pin(dim, f"cut in incompatible ways ({why})")
+
+    def _unify_atoms(self, a: Atom, b: Atom, why: str) -> None:
+        if self.is_pinned([a]) or self.is_pinned([b]):
+            fixed, other = (a, b) if self.is_pinned([a]) else (b, a)
+            reason = next((x.reason for x in self.leaves([fixed])), "pinned")
+            self.pin([other], reason)
+            if a.form is None and b.form is None:
+                self._union(b, a)
+            return
+        if a.form is None and b.form is None:
+            self._union(a, b)
+        elif a.form is None:
+            self._adopt(a, b, why)
+        elif b.form is None:
+            self._adopt(b, a, why)
+        elif isinstance(a.form, Family) and isinstance(b.form, Family):
+            if self.find(a.form.index) is self.find(b.form.index):
+                fa, fb = a.form, b.form
+                for i, x in enumerate(fa.members):
+                    for j, y in enumerate(fb.members):
+                        if fa.bounds[i] < fb.bounds[j + 1] and fb.bounds[j] < fa.bounds[i + 1]:
+                            self.unify([x], [y], why)
+            else:
+                self.collapse(a)
+                self.collapse(b)
+                self.unify([a], [b], why)
+        else:
+            self._unify_sums(a, b, why)
+
+    def _union(self, a: Atom, b: Atom) -> None:
+        """Two primitive atoms become one; it is fibred over what both were."""
+        if a is b:
+            return
+        b.parent = a
+        if b.pinned and not a.pinned:
+            a.pinned, a.reason = True, b.reason
+        if a.over is None:
+            mine, theirs = None, b.over
+        else:
+            mine, theirs = a.over, b.over
+        if mine is not None and theirs is not None:
+            roots = {self.find(o) for o in theirs}
+            a.over = {r for r in (self.find(o) for o in mine) if r in roots and r is not a}
+        elif theirs is not None:
+            a.over = {self.find(o) for o in theirs} - {a}
+        a.wards |= b.wards
+        for o in a.over or ():
+            o.wards.add(a)
+
+    def _adopt(self, a: Atom, b: Atom, why: str) -> None:
+        """A primitive atom turns out to be one that has a form."""
+        if isinstance(b.form, Family):
+            index = self.find(b.form.index)
+            aligned = a.over is None or any(self.find(o) is index for o in a.over)
+            if not aligned or any(x is a for x in self.leaves([b])):
+                self.collapse(b)
+                self.unify([a], [b], why)
+                return
+        elif any(x is a for x in self.leaves([b])):
+            raise Irreconcilable
+        wards = self._wards(a)
+        if a.over is not None:
+            mine = {self.find(o) for o in a.over}
+            for leaf in set(self.leaves([b])):
+                if leaf.over is not None:
+                    siblings = self._siblings(b, leaf)
+                    leaf.over = {r for r in (self.find(o) for o in leaf.over) if r in mine or r in siblings}
+        a.parent = b
+        if isinstance(b.form, Sum) and wards:
+            self._distribute(b, wards)
+
+    def _siblings(self, b: Atom, leaf: Atom) -> set[Atom]:
+        """Atoms that share a product with the leaf somewhere below ``b``."""
+        out: set[Atom] = set()
+        form = b.form
+        if isinstance(form, Sum):
+            for part in form.parts:
+                atoms = self.normal(part)
+                if leaf in self.leaves(atoms):
+                    out |= {x for x in atoms if x is not leaf}
+                    for x in atoms:
+                        out |= self._siblings(x, leaf)
+        elif isinstance(form, Family):
+            for m in form.members:
+                for x in self.normal([m]):
+                    if leaf in self.leaves([x]):
+                        # A member accompanies one part of its index.
+                        index = self.find(form.index)
+                        out |= {index, *(y for part in getattr(index.form, "parts", ()) for y in self.normal(part))}
+                        out |= self._siblings(x, leaf)
+        return out
+
+    def _unify_sums(self, a: Atom, b: Atom, why: str) -> None:
+        marks = sorted(self._marks(a) | self._marks(b) | {0, a.size})
+        for lo, hi in zip(marks, marks[1:], strict=False):
+            x, _ = self.cut([a], lo, hi)
+            y, _ = self.cut([b], lo, hi)
+            self.unify(x, y, why)
+        a, b = self.find(a), self.find(b)
+        if a is not b and isinstance(a.form, Sum) and isinstance(b.form, Sum):
+            b.parent = a
+            a.wards |= b.wards
+
+    def _marks(self, a: Atom) -> set[int]:
+        """Where an atom is already cut."""
+        if isinstance(a.form, Sum):
+            marks, offset = set(), 0
+            for part in a.form.parts:
+                atoms = self.normal(part)
+                if atoms:
+                    inner = size_of(atoms[1:])
+                    marks |= {offset + m * inner for m in self._marks(atoms[0])}
+                offset += size_of(part)
+                marks.add(offset)
+            return marks
+        if isinstance(a.form, Family):
+            return set().union(*(self._marks(x) for m in a.form.members for x in [self.find(m)] if x.size == a.size))
+        return set()
+
+    def collapse(self, a: Atom) -> None:
+        """A family whose index is gone: all members are one atom."""
+        a = self.find(a)
+        if isinstance(a.form, Family):
+            first = a.form.members[0]
+            members = a.form.members
+            for m in members[1:]:
+                self.unify([first], [m], "family without its index")
+            a = self.find(a)
+            if isinstance(a.form, Family):
+                a.parent = self.find(first) if self.find(first) is not a else None
+
+    # ---------------------------------------------------------------- fibres
+
+    def observe(self, dims: Sequence[Iterable[Atom]]) -> None:
+        """A tensor with these dims exists: atoms lose the companions that it does not carry.
+
+        Also used for the aligned dims of a contraction, where it says that only those positions are
+        matched between the operands.
+        """
+        atoms = [a for d in dims for a in self.normal(d)]
+        for _ in range(64):
+            loose = [
+                a
+                for a in atoms
+                if isinstance(a.form, Family) and not any(x is self.find(a.form.index) for x in atoms)
+            ]
+            if not loose:
+                break
+            for a in loose:
+                self.collapse(a)
+            atoms = self.normal(atoms)
+        self._observe(atoms, set(atoms))
+
+    def _observe(self, atoms: Dim, update: set[Atom]) -> None:
+        for a in atoms:
+            if isinstance(a.form, Family):
+                index = self.find(a.form.index)
+                if any(x is index for x in atoms):
+                    self._observe_family(atoms, index, a.form, update)
+                    return
+        seen: set[Atom] = set()
+        twice: set[Atom] = set()
+        for a in atoms:
+            (twice if a in seen else seen).add(a)
+        once = seen - twice
+        for a in seen & update:
+            if a.form is None:
+                if not a.pinned:
+                    self._narrow(a, once - {a})
+            elif isinstance(a.form, Sum):
+                others = [x for x in atoms if x is not a]
+                for part in a.form.parts:
+                    inside = self.normal(part)
+                    if inside:
+                        self._observe(others + inside, set(inside))
+
+    def _observe_family(self, atoms: Dim, index: Atom, family: Family, update: set[Atom]) -> None:
+        # Position by position along the index, every family over it is one of its members.
+        if not isinstance(index.form, Sum):
+            return
+        for lo, hi in zip(family.bounds, family.bounds[1:], strict=False):
+            try:
+                part, cuts = self.cut([index], lo, hi)
+            except Irreconcilable:
+                continue
+            cuts = cuts or [(index, lo, hi, part)]
+            here = self.restrict(atoms, cuts)
+            here_set = set(here)
+            touched = {x for a in update for x in self.restrict([a], cuts)} & here_set
+            if any(isinstance(x.form, Family) and self.find(x.form.index) is index for x in here):
+                continue
+            self._observe(here, touched)
+
+    def _narrow(self, a: Atom, companions: set[Atom]) -> None:
+        if a.over is None:
+            a.over = set()
+            self._put_over(a, companions)
+        else:
+            a.over = {r for r in (self.find(o) for o in a.over) if r in companions}

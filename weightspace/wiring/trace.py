@@ -1,0 +1,269 @@
+"""Finding a wiring by watching a network run.
+
+The program runs once, on its example inputs, under a ``TorchDispatchMode``. Every aten operation that it
+performs, after torch's own decompositions, is handed to the rule of that name in ``rules.RULES``; the rule
+says which axes of its operands are the same axis, and a ``Ledger`` merges them. Watching real values
+instead of an exported graph keeps Python control flow, in-place updates and data-dependent indices
+working, and lets constant tensors be judged by their values: a mask that is the same along a dim does
+not pin it, a table of rotary frequencies does.
+
+Inputs, outputs, kernel and spatial positions are pinned; so is every axis that an operation without a
+rule touches, and the operation is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from weightspace.wiring.algebra import Dim, Irreconcilable, Ledger, size_of
+from weightspace.wiring.program import Program
+
+
+@dataclass
+class Label:
+    """What is known of one tensor: a dim per dimension.
+
+    ``const``: computed from neither parameters nor inputs. ``domain``: for an index tensor, the dim
+    whose positions its values are (as ``topk`` returns them).
+    """
+
+    dims: list[Dim]
+    const: bool = False
+    domain: Dim | None = None
+
+
+@dataclass
+class Trace:
+    """A finished trace: the ledger, a label per named tensor, and what had no rule."""
+
+    ledger: Ledger
+    labels: dict[str, Label]
+    missing: Counter[str] = field(default_factory=Counter)
+    untouched: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Have torch decompose fused kernels (attention, recurrent cells, encoder fast path)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    mkldnn = torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+class Tracer(TorchDispatchMode):
+    """Runs operations for real and labels their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+        self._labels: dict[int, tuple[torch.Tensor, Label]] = {}
+        self.missing: Counter[str] = Counter()
+        self.touched: set[int] = set()
+        self.op = ""
+
+    # ---------------------------------------------------------------- labels
+
+    def set(self, tensor: torch.Tensor, label: Label) -> None:
+        # The reference keeps the tensor alive, so that its id stays its own.
+        self._labels[id(tensor)] = (tensor, label)
+
+    def label(self, tensor: torch.Tensor) -> Label:
+        """The label of a tensor; one never seen is a constant, judged by its values."""
+        self.touched.add(id(tensor))
+        found = self._labels.get(id(tensor))
+        if found is None:
+            label = Label(self.by_value(tensor), const=True)
+            self.set(tensor, label)
+            return label
+        return found[1]
+
+    def dims(self, tensor: torch.Tensor) -> list[Dim]:
+        return [self.ledger.normal(d) for d in self.label(tensor).dims]
+
+    def fresh(self, sizes: Sequence[int], reason: str = "", *, pinned: bool = False) -> list[Dim]:
+        return [self.ledger.dim(int(n), pinned=pinned, reason=reason) for n in sizes]
+
+    def by_value(self, tensor: torch.Tensor) -> list[Dim]:
+        """A constant may be permuted along a dim only where its values do not vary."""
+        dims: list[Dim] = []
+        with _quiet():
+            for d, n in enumerate(tensor.shape):
+                if n <= 1:
+                    dims.append([] if n == 1 else self.ledger.dim(0, pinned=True, reason="empty"))
+                    continue
+                uniform = False
+                if tensor.device.type != "meta" and tensor.layout == torch.strided:
+                    first = tensor.narrow(d, 0, 1)
+                    uniform = bool(((tensor == first) | ((tensor != tensor) & (first != first))).all())
+                dims.append(self.ledger.dim(n, pinned=not uniform, reason="constant table"))
+        return dims
+
+    def pin(self, dims: Sequence[Dim] | Dim, reason: str) -> None:
+        for d in dims:
+            self.ledger.pin(d if isinstance(d, list) else [d], reason)
+
+    def unify(self, one: Dim, two: Dim) -> None:
+        self.ledger.unify(one, two, self.op)
+
+    # ---------------------------------------------------------------- running
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from weightspace.wiring.rules import CREATION, RULES, pointwise, unknown
+
+        kwargs = kwargs or {}
+        flat = tree_leaves((args, kwargs))
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+        out = _call(func, tensors, args, kwargs)
+        outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if not outputs:
+            return out
+        name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
+        previous, self.op = self.op, f"aten.{name}"
+        try:
+            schema = func._schema
+            mutated = _mutated(schema, args, kwargs)
+            is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+            if not tensors and name in CREATION:
+                for o in outputs:
+                    self.set(o, Label(CREATION[name](self, o), const=True))
+                return out
+            labels = [self.label(x) for x in tensors]
+            const = all(lab.const for lab in labels)
+            if const and not is_view and not mutated:
+                for o in outputs:
+                    dims = self.fresh(o.shape) if name in _UNINITIALISED else self.by_value(o)
+                    self.set(o, Label(dims, const=True))
+                return out
+            in_place = name.endswith("_") and not name.endswith("__")
+            base = name[:-1] if in_place and name[:-1] in RULES and name not in RULES else name
+            rule = RULES.get(base)
+            if rule is None and (torch.Tag.pointwise in func.tags or name.rstrip("_") in _POINTWISE):
+                rule = pointwise
+            before = [(m, [list(d) for d in self.label(m).dims]) for m in mutated]
+            try:
+                result = (rule or unknown)(self, func, args, kwargs, out)
+            except Irreconcilable:
+                self.missing[f"{self.op} (cut in incompatible ways)"] += 1
+                result = unknown(self, func, args, kwargs, out, count=False)
+            if rule is None:
+                self.missing[self.op] += 1
+            self._assign(out, outputs, result, const, before)
+        finally:
+            self.op = previous
+        return out
+
+    def _assign(
+        self,
+        out: Any,
+        outputs: list[torch.Tensor],
+        result: Any,
+        const: bool,
+        before: list[tuple[torch.Tensor, list[Dim]]],
+    ) -> None:
+        results = [result] if isinstance(result, Label) or _is_dims(result) else list(result)
+        if len(results) != len(outputs):
+            raise AssertionError(f"{self.op}: rule labelled {len(results)} of {len(outputs)} outputs")
+        kept = {id(m): dims for m, dims in before}
+        for tensor, item in zip(outputs, results, strict=True):
+            label = item if isinstance(item, Label) else Label([list(d) for d in item])
+            if len(label.dims) != tensor.dim() or any(
+                size_of(d) != n for d, n in zip(label.dims, tensor.shape, strict=True)
+            ):
+                sizes = [size_of(d) for d in label.dims]
+                raise AssertionError(f"{self.op}: labelled {sizes}, the result is {tuple(tensor.shape)}")
+            if id(tensor) in kept:
+                for mine, new in zip(kept[id(tensor)], label.dims, strict=True):
+                    self.unify(mine, new)
+                label.dims = kept[id(tensor)]
+            label.const = const and label.const
+            self.ledger.observe(label.dims)
+            self.set(tensor, label)
+
+
+def _is_dims(result: Any) -> bool:
+    return isinstance(result, list) and all(isinstance(d, list) and all(hasattr(a, "form") for a in d) for d in result)
+
+
+def _mutated(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for i, a in enumerate(schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(a.name)
+            found += [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+    return found
+
+
+def _call(func: Any, tensors: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+_UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+# Pointwise operations that torch does not tag so.
+_POINTWISE = {
+    "_to_copy", "clone", "detach", "alias", "lift_fresh", "copy", "fill", "zero", "masked_fill", "where",
+    "_conj", "_neg_view", "relu", "lerp", "clamp", "nan_to_num", "native_dropout", "dropout", "bernoulli",
+    "contiguous", "_fw_primal", "rrelu_with_noise", "_conj_physical", "resolve_conj", "to",
+}  # fmt: skip
+
+
+def trace(program: Program) -> Trace:
+    """Run a program once and read off which axes are the same axis.
+
+    Raises whatever the program itself raises.
+    """
+    tracer = Tracer()
+    ledger = tracer.ledger
+    labels: dict[str, Label] = {}
+    aliases: dict[tuple[Any, ...], str] = {}
+    tensors = dict(program.tensors)
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        twin = aliases.setdefault(key, name) if tensor.device.type != "meta" else name
+        if twin in labels:
+            # Tied weights: one tensor under two names.
+            labels[name] = labels[twin]
+        else:
+            labels[name] = Label(tracer.fresh(tensor.shape))
+            ledger.observe(labels[name].dims)
+        tracer.set(tensor, labels[name])
+    for x in tree_leaves((program.args, dict(program.kwargs))):
+        if isinstance(x, torch.Tensor):
+            tracer.set(x, Label(tracer.fresh(x.shape, "input", pinned=True)))
+    tracer.touched.clear()
+    with torch.no_grad(), plain_kernels(), tracer:
+        out = program.run(tensors, *program.args, **program.kwargs)
+    outputs, _ = tree_flatten(out)
+    for x in outputs:
+        if isinstance(x, torch.Tensor):
+            tracer.pin(tracer.label(x).dims, "output")
+    untouched = tuple(n for n, t in tensors.items() if id(t) not in tracer.touched)
+    for name in untouched:
+        if not any(labels[name] is labels[n] for n in tensors if n != name and n not in untouched):
+            tracer.pin(labels[name].dims, "takes no part in the traced run")
+    return Trace(ledger, labels, tracer.missing, untouched, list(ledger.conflicts))
