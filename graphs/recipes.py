@@ -9,7 +9,7 @@ from weightspace.zoo import networks
 
 
 def build(signature: ws.Signature) -> ws.Skeleton | None:
-    """Recognise ``hidden.<i>``/``conv.<i>`` + ``norm.<i>`` and ``output``; the input size follows from shapes."""
+    """Recognise ``hidden.<i>``, ``conv.<i>``, ``norm.<i>`` and ``output``; the input size follows."""
     shapes = dict(signature.shapes)
     if any(name.partition(".")[0] not in ("hidden", "conv", "norm", "output") for name in shapes):
         return None

@@ -74,6 +74,7 @@ def card_and_wiring(checkpoint: Checkpoint, name: str | None = None) -> tuple[Ca
     from weightspace.wiring import wiring as find_wiring
 
     wiring: Wiring | None = None
+    axes: tuple[AxisRow, ...] = ()
     reason: str | None = None
     try:
         wiring = find_wiring(checkpoint)
@@ -82,7 +83,7 @@ def card_and_wiring(checkpoint: Checkpoint, name: str | None = None) -> tuple[Ca
     shapes = {tensor: tuple(checkpoint.shape(tensor)) for tensor in checkpoint}
     dtypes = Counter(str(checkpoint.dtype(tensor)).removeprefix("torch.") for tensor in checkpoint)
     if wiring is None:
-        status, error_found, movable, axes = "failed", None, None, ()
+        status, error_found, movable = "failed", None, None
         notes: tuple[str, ...] = (reason or "no wiring was found",)
         recognised = "not recognised"
     else:
@@ -173,7 +174,7 @@ def oddities(tensors: Mapping[str, Tensor], wiring: Wiring | None = None) -> lis
         if value.dim() >= 2:
             found.extend(_dead_slices(name, value, wiring))
         data = value.contiguous().view(torch.uint8).numpy()
-        same[(tuple(value.shape), hashlib.sha256(data).hexdigest())].append(name)
+        same[(tuple(value.shape), hashlib.sha256(data.tobytes()).hexdigest())].append(name)
     found.extend(f"{' = '.join(names)}: the same values" for names in same.values() if len(names) > 1)
     return found
 
@@ -203,5 +204,4 @@ def _axis_rows(wiring: Wiring) -> tuple[AxisRow, ...]:
 
 
 def _proof_error(wiring: Wiring) -> float | None:
-    error = getattr(wiring.proof, "error", None)
-    return None if error is None else float(error)
+    return None if wiring.proof is None else float(wiring.proof.error32)

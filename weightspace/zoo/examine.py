@@ -75,7 +75,7 @@ def examine(path: Path, name: str, known_sha256: str | None) -> Examined:
 
 
 def models_in(path: Path, name: str) -> Iterator[tuple[Checkpoint, str]]:
-    """Each model in a file with its name in the zoo: the file's, or ``file!member`` where it holds several."""
+    """Each model in a file with its name in the zoo: the file's, or ``file!member`` if it has several."""
     from weightspace import checkpoint
 
     members = checkpoint.list_models(path)
@@ -92,7 +92,9 @@ def describe_model(ckpt: Checkpoint, model: str, path: str, sha256: str) -> tupl
     from weightspace.retrieval import describe
 
     card, wiring = card_and_wiring(ckpt, model)
-    only = None if wiring is None or wiring.status != "proved" else tuple(wiring)
+    only = None
+    if wiring is not None and wiring.status == "proved":
+        only = [tensor for tensor in wiring if tensor not in wiring.untouched]
     description = describe(ckpt, only)
     row = ModelRow(model, path, sha256, card.to_dict(), description.vector.astype(np.float32))
     return row, description.used

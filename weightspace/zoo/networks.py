@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class Mlp(nn.Module):
 
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairs[:-1])
         self.output = nn.Linear(*pairs[-1])
 
@@ -40,7 +41,7 @@ class Cnn(nn.Module):
 
     def __init__(self, channels: list[int], side: int, classes: int) -> None:
         super().__init__()
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(pairwise(channels))
         self.conv = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairs)
         self.norm = nn.ModuleList(nn.BatchNorm2d(pair[1]) for pair in pairs)
         self.output = nn.Linear(channels[-1] * (side >> len(pairs)) ** 2, classes)
@@ -60,7 +61,7 @@ def build(architecture: str, width: int, image: tuple[int, int, int], classes: i
     """
     if architecture not in ARCHITECTURES:
         raise ZooError(
-            f"a recipe asks for the architecture {architecture!r}; there is {', '.join(sorted(ARCHITECTURES))}"
+            f"a recipe wants the architecture {architecture!r}; known: {', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[architecture](width, image, classes)
 

@@ -78,12 +78,12 @@ def parse(table: Mapping[str, Any], source: str = "recipe") -> Recipe:
             raise ZooError(f"{source}: two populations are named {population.name!r}")
         if population.parent and population.parent not in seen:
             raise ZooError(
-                f"{source}: the parent {population.parent!r} of {population.name!r} is no population before it"
+                f"{source}: the parent {population.parent!r} of {population.name!r} comes not before it"
             )
         if population.parent and population.seeds > seen[population.parent].seeds:
             raise ZooError(
                 f"{source}: {population.name!r} has {population.seeds} seeds but its parent "
-                f"{population.parent!r} only {seen[population.parent].seeds}; a child needs a parent of its seed"
+                f"{population.parent!r} only {seen[population.parent].seeds}; each child needs its own"
             )
         seen[population.name] = population
     if not seen:

@@ -22,7 +22,7 @@ from weightspace.zoo.recipe import Population, Recipe, load
 
 @dataclass(frozen=True)
 class Data:
-    """Images (n, channels, side, side) in [0, 1], float32, and labels (n,), int64, split into train and test."""
+    """Images (n, channels, side, side) in [0, 1], float32, and labels (n,), int64; train and test."""
 
     train_x: Tensor
     train_y: Tensor
@@ -112,10 +112,11 @@ def fit(module: nn.Module, data: Data, population: Population, seed: int) -> Non
     module.train()
     for _ in range(population.epochs):
         order = torch.randperm(len(data.train_y), generator=generator)
-        for batch in order.split(population.batch):
+        for start in range(0, len(order), population.batch):
+            batch = order[start : start + population.batch]
             loss = F.cross_entropy(module(data.train_x[batch]), data.train_y[batch])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
 
@@ -167,7 +168,7 @@ def _make(
 
 def _permute(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """The state with a random element of its symmetry group applied."""
-    from weightspace import wiring as find_wiring
+    from weightspace.wiring import wiring as find_wiring
     from weightspace.wiring.program import Program
 
     shapes = {name: tuple(value.shape) for name, value in state.items()}

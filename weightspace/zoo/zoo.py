@@ -157,7 +157,7 @@ class Zoo:
                 )
             own, query = self._query(store, x)
             order = distances(np.asarray(query, dtype=np.float64), np.asarray(vectors, dtype=np.float64))
-            neighbours = []
+            neighbours: list[Neighbour] = []
             for position in np.argsort(order, kind="stable"):
                 name = names[int(position)]
                 if name == own:
