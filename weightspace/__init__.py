@@ -50,25 +50,13 @@ if TYPE_CHECKING:
     from weightspace.zoo import Zoo
 
 
-class _LazyModule(__import__("types").ModuleType):
-    """Resolves exported names on first use, also where a subpackage has the same name as a function.
-
-    ``weightspace.wiring`` and ``weightspace.graph`` are both subpackages and verbs: importing the
-    subpackage would bind the module over the verb, so the verb wins on the package object.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _EXPORTS and _EXPORTS[name] == f"{__name__}.{name}" and isinstance(value, type(self).__base__):
-            value = getattr(value, name, value)
-        super().__setattr__(name, value)
-
-
 def __getattr__(name: str) -> Any:
     target = _EXPORTS.get(name)
     if target is None:
         raise AttributeError(f"module 'weightspace' has no attribute {name!r}")
     module = import_module(target)
-    value = module if target == f"{__name__}.{name}" and not hasattr(module, name) else getattr(module, name)
+    # `weightspace.wiring` and `weightspace.graph` are subpackages that can be called: the module is the verb.
+    value = module if target == f"{__name__}.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 
@@ -76,5 +64,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted(__all__)
 
-
-__import__("sys").modules[__name__].__class__ = _LazyModule

@@ -195,9 +195,15 @@ class Ledger:
                         self._put_over(twin, self.normal(parts[j]))
                     else:
                         self._put_over(twin, [members[o][j]] if o in members else [o])
+        for j, part in enumerate(parts):
+            # Where index and ward were fibred over each other, each part keeps its own twin.
+            for leaf in self.leaves(part):
+                if leaf.over:
+                    kept = [self.find(o) for o in leaf.over]
+                    leaf.over = set()
+                    self._put_over(leaf, [members[o][j] if o in members else o for o in kept])
         for ward, twins in members.items():
             ward.form = Family(index, tuple(bounds), tuple(twins))
-        # Atoms fibred over a ward that is not itself fibred over the index lose that ward.
 
     def split(self, a: Atom, at: int) -> None:
         """Cut a primitive atom at a position."""
@@ -609,11 +615,12 @@ class Ledger:
 
     # ---------------------------------------------------------------- fibres
 
-    def observe(self, dims: Sequence[Iterable[Atom]]) -> None:
+    def observe(self, dims: Sequence[Iterable[Atom]], implied: Iterable[Atom] = ()) -> None:
         """A tensor with these dims exists: atoms lose the companions that it does not carry.
 
         Also used for the aligned dims of a contraction, where it says that only those positions are
-        matched between the operands.
+        matched between the operands. ``implied`` are atoms whose position every element of the tensor
+        has without carrying them as a dim (the expert that a token was sent to).
         """
         atoms = [a for d in dims for a in self.normal(d)]
         for _ in range(64):
@@ -627,20 +634,20 @@ class Ledger:
             for a in loose:
                 self.collapse(a)
             atoms = self.normal(atoms)
-        self._observe(atoms, set(atoms))
+        self._observe(atoms, set(atoms), {self.find(a) for a in implied})
 
-    def _observe(self, atoms: Dim, update: set[Atom]) -> None:
+    def _observe(self, atoms: Dim, update: set[Atom], implied: set[Atom]) -> None:
         for a in atoms:
             if isinstance(a.form, Family):
                 index = self.find(a.form.index)
                 if any(x is index for x in atoms):
-                    self._observe_family(atoms, index, a.form, update)
+                    self._observe_family(atoms, index, a.form, update, implied)
                     return
         seen: set[Atom] = set()
         twice: set[Atom] = set()
         for a in atoms:
             (twice if a in seen else seen).add(a)
-        once = seen - twice
+        once = (seen - twice) | (implied - seen)
         for a in seen & update:
             if a.form is None:
                 if not a.pinned:
@@ -650,9 +657,11 @@ class Ledger:
                 for part in a.form.parts:
                     inside = self.normal(part)
                     if inside:
-                        self._observe(others + inside, set(inside))
+                        self._observe(others + inside, set(inside), implied)
 
-    def _observe_family(self, atoms: Dim, index: Atom, family: Family, update: set[Atom]) -> None:
+    def _observe_family(
+        self, atoms: Dim, index: Atom, family: Family, update: set[Atom], implied: set[Atom]
+    ) -> None:
         # Position by position along the index, every family over it is one of its members.
         if not isinstance(index.form, Sum):
             return
@@ -667,7 +676,7 @@ class Ledger:
             touched = {x for a in update for x in self.restrict([a], cuts)} & here_set
             if any(isinstance(x.form, Family) and self.find(x.form.index) is index for x in here):
                 continue
-            self._observe(here, touched)
+            self._observe(here, touched, implied)
 
     def _narrow(self, a: Atom, companions: set[Atom]) -> None:
         if a.over is None:

@@ -27,7 +27,7 @@ def _spatial(node: Node, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], l
     strides = list(node.attrs.get("strides") or [1] * rank)
     dilations = list(node.attrs.get("dilations") or [1] * rank)
     pads = list(node.attrs.get("pads") or [0] * (2 * rank))
-    before, after = pads[:rank], pads[rank:]
+    before, after = pads[:rank], (pads[rank:] or pads[:rank])  # the first exporters gave one side only
     auto = node.attrs.get("auto_pad", "NOTSET")
     if auto == "VALID":
         before, after = [0] * rank, [0] * rank

@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from weightspace.wiring.algebra import Dim, Irreconcilable, size_of
-from weightspace.wiring.trace import Label, Tracer
+from weightspace.wiring.trace import Implied, Label, Tracer
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -120,7 +120,7 @@ def _contract(t: Tracer, batch: Sequence[tuple[Dim, Dim]], summed: Sequence[tupl
     for a, b in [*batch, *summed]:
         if size_of(a) == size_of(b):
             t.unify(a, b)
-    t.ledger.observe([a for a, _ in batch] + [a for a, _ in summed])
+    t.observe([a for a, _ in batch] + [a for a, _ in summed])
 
 
 @rule("mm")
@@ -182,6 +182,28 @@ def _linear(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     result = [*x[:-1], w[0]] if len(w) == 2 else x[:-1]
     bias = _arg(args, kwargs, 2, "bias")
     return result if bias is None else _add_to(t, result, bias, out)
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    """v / ||v|| * g, the norm over every dim but one."""
+    v, g = t.dims(args[0]), t.dims(args[1])
+    d = _arg(args, kwargs, 2, "dim", 0) % len(v)
+    for a, b in zip(v[d : d + 1], g[d : d + 1] if len(g) == len(v) else g, strict=False):
+        t.unify(a, b)
+    norm = [dim if k == d else [] for k, dim in enumerate(v)]
+    t.observe(norm)
+    return [v, [dim for dim in norm] if out[1].dim() == len(v) else [v[d]]]
+
+
+@rule("glu")
+def _glu(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    d = _arg(args, kwargs, 1, "dim", -1) % args[0].dim()
+    half = out.shape[d]
+    left, right = _cut(t, t.dims(args[0]), d, 0, half), _cut(t, t.dims(args[0]), d, half, 2 * half)
+    for a, b in zip(left, right, strict=True):
+        t.unify(a, b)
+    return left
 
 
 @rule("ger", "outer")
@@ -275,7 +297,7 @@ _WITH_INDEX = {"aten.max", "aten.min", "aten.median", "aten.mode"}
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def _softmax(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    t.ledger.observe(_reduced(t, args[0], _norm_axes(args[0].dim(), args[1])))
+    t.observe(_reduced(t, args[0], _norm_axes(args[0].dim(), args[1])))
     return t.dims(args[0])
 
 
@@ -319,7 +341,7 @@ def _layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
             for mine, other in zip(dims[-k:], t.dims(affine), strict=True):
                 t.unify(mine, other)
     stats = [*dims[:-k], *([[]] * k)]
-    t.ledger.observe(stats)
+    t.observe(stats)
     return [dims if o.shape == x.shape else [list(d) for d in stats] for o in _outs(out)]
 
 
@@ -331,7 +353,7 @@ def _group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     for affine in (weight, bias):
         if affine is not None:
             t.unify(dims[1], t.dims(affine)[0])
-    t.ledger.observe([dims[0], group])
+    t.observe([dims[0], group])
     return [dims, [dims[0], group], [dims[0], group]]
 
 
@@ -785,13 +807,31 @@ def _index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     positions = [k for k, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     shape = torch.broadcast_shapes(*(i.shape for i in given))
+    run = _as_range(given[0]) if len(given) == 1 and t.label(given[0]).const else None
+    if run is not None:
+        return _cut(t, dims, positions[0], *run)
     for k, i in zip(positions, given, strict=True):
         _address(t, dims[k], i, "indexed positions")
     looked_up = _broadcast(t, given, shape)
+    implied = tuple(
+        Implied(tuple(dims[k]), tuple(a for d in t.dims(i) for a in d), id(i))
+        for k, i in zip(positions, given, strict=True)
+        if t.label(i).domain is not None and i.dim()
+    )
     rest = [d for k, d in enumerate(dims) if k not in positions]
     adjacent = positions == list(range(positions[0], positions[0] + len(positions)))
     lead = positions[0] if adjacent else 0
-    return Label([*rest[:lead], *looked_up, *rest[lead:]], domain=t.label(x).domain)
+    result = [*rest[:lead], *looked_up, *rest[lead:]]
+    return Label(result, domain=t.label(x).domain, implied=implied)
+
+
+def _as_range(index: torch.Tensor) -> tuple[int, int] | None:
+    """Start and stop of a constant one-dimensional index that counts upwards."""
+    if index.dim() != 1 or index.numel() == 0 or index.device.type == "meta" or index.dtype == torch.bool:
+        return None
+    values = index.tolist()
+    start = values[0]
+    return (start, start + len(values)) if values == list(range(start, start + len(values))) and start >= 0 else None
 
 
 def _masked_index(t: Tracer, dims: list[Dim], indices: Sequence[Any], out: torch.Tensor) -> list[Dim]:

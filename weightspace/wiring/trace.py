@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from weightspace.wiring.algebra import Dim, Irreconcilable, Ledger, size_of
+from weightspace.wiring.algebra import Atom, Dim, Irreconcilable, Ledger, size_of
 from weightspace.wiring.program import Program
 
 
@@ -32,12 +32,26 @@ class Label:
     """What is known of one tensor: a dim per dimension.
 
     ``const``: computed from neither parameters nor inputs. ``domain``: for an index tensor, the dim
-    whose positions its values are (as ``topk`` returns them).
+    whose positions its values are (as ``topk`` returns them). ``implied``: for a tensor looked up by
+    such an index, what it was looked up in (see ``Implied``).
     """
 
     dims: list[Dim]
     const: bool = False
     domain: Dim | None = None
+    implied: tuple[Implied, ...] = ()
+
+
+@dataclass(frozen=True)
+class Implied:
+    """Elements of a tensor belong to positions along ``dim`` that an index tensor with dims ``by`` chose.
+
+    ``token`` tells index tensors apart: two different choices from one dim are not aligned.
+    """
+
+    dim: tuple[Atom, ...]
+    by: tuple[Atom, ...]
+    token: int
 
 
 @dataclass
@@ -78,6 +92,7 @@ class Tracer(TorchDispatchMode):
         self.missing: Counter[str] = Counter()
         self.touched: set[int] = set()
         self.op = ""
+        self.implied: tuple[Implied, ...] = ()
 
     # ---------------------------------------------------------------- labels
 
@@ -123,6 +138,39 @@ class Tracer(TorchDispatchMode):
     def unify(self, one: Dim, two: Dim) -> None:
         self.ledger.unify(one, two, self.op)
 
+    def observe(self, dims: Sequence[Dim]) -> None:
+        """Tell the ledger that positions of these dims, and what they imply, occur together."""
+        self.ledger.observe(dims, [a for i in self._valid(dims) for a in self.ledger.normal(i.dim)])
+
+    def _valid(self, dims: Sequence[Dim]) -> list[Implied]:
+        """What is implied as long as the dims of its index are there."""
+        if not self.implied:
+            return []
+        here = {a for d in dims for a in self.ledger.normal(d)}
+        return [i for i in self.implied if set(self.ledger.normal(i.by)) <= here]
+
+    def _gather_implied(self, labels: Sequence[Label]) -> tuple[Implied, ...]:
+        """Of all operands; choices from one dim by different index tensors are not aligned and drop out."""
+        found = {(tuple(self.ledger.normal(i.dim)), i.token): i for lab in labels for i in lab.implied}
+        tokens = Counter(dim for dim, _ in found)
+        return tuple(i for (dim, _), i in found.items() if tokens[dim] == 1)
+
+    def pin_unreached(self, labels: Mapping[str, Label]) -> None:
+        """Axes that no intermediate tensor has take no part in the function (rows never looked up)."""
+        named = {id(lab) for lab in labels.values()}
+        reached = {
+            a
+            for _, lab in self._labels.values()
+            if id(lab) not in named
+            for d in lab.dims
+            for a in self.ledger.leaves(d)
+        }
+        for lab in labels.values():
+            for d in lab.dims:
+                for a in self.ledger.leaves(d):
+                    if a not in reached:
+                        self.ledger.pin([a], "takes no part in the traced run")
+
     # ---------------------------------------------------------------- running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,6 +205,7 @@ class Tracer(TorchDispatchMode):
             rule = RULES.get(base)
             if rule is None and (torch.Tag.pointwise in func.tags or name.rstrip("_") in _POINTWISE):
                 rule = pointwise
+            self.implied = self._gather_implied(labels)
             before = [(m, [list(d) for d in self.label(m).dims]) for m in mutated]
             try:
                 result = (rule or unknown)(self, func, args, kwargs, out)
@@ -189,12 +238,14 @@ class Tracer(TorchDispatchMode):
             ):
                 sizes = [size_of(d) for d in label.dims]
                 raise AssertionError(f"{self.op}: labelled {sizes}, the result is {tuple(tensor.shape)}")
-            if id(tensor) in kept:
+            if id(tensor) in kept and self.op.removeprefix("aten.") not in _RESHAPE_IN_PLACE:
                 for mine, new in zip(kept[id(tensor)], label.dims, strict=True):
                     self.unify(mine, new)
                 label.dims = kept[id(tensor)]
             label.const = const and label.const
-            self.ledger.observe(label.dims)
+            label.implied = tuple({*self._valid(label.dims), *label.implied})
+            self.implied = label.implied
+            self.observe(label.dims)
             self.set(tensor, label)
 
 
@@ -224,11 +275,13 @@ def _quiet() -> Iterator[None]:
 
 
 _UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+# These change what the dims of their operand are, not its values.
+_RESHAPE_IN_PLACE = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_"}
 # Pointwise operations that torch does not tag so.
 _POINTWISE = {
     "_to_copy", "clone", "detach", "alias", "lift_fresh", "copy", "fill", "zero", "masked_fill", "where",
     "_conj", "_neg_view", "relu", "lerp", "clamp", "nan_to_num", "native_dropout", "dropout", "bernoulli",
-    "contiguous", "_fw_primal", "rrelu_with_noise", "_conj_physical", "resolve_conj", "to",
+    "contiguous", "_prelu_kernel", "_fw_primal", "rrelu_with_noise", "_conj_physical", "resolve_conj", "to",
 }  # fmt: skip
 
 
@@ -266,4 +319,5 @@ def trace(program: Program) -> Trace:
     for name in untouched:
         if not any(labels[name] is labels[n] for n in tensors if n != name and n not in untouched):
             tracer.pin(labels[name].dims, "takes no part in the traced run")
+    tracer.pin_unreached(labels)
     return Trace(ledger, labels, tracer.missing, untouched, list(ledger.conflicts))
