@@ -1,0 +1,142 @@
+"""Every bare checkpoint of the corpus is recognised by the family it belongs to, and by no other."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from families import CHECKPOINTS, EXPECTED, expected_files, families, is_exact, recognise, run, signature
+
+import weightspace as ws
+
+needs_corpus = pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="../shared/checkpoints is absent")
+FILES = expected_files()
+ONE_EACH = {family: path for path, family in reversed(FILES)}
+GENERIC = {"plain-chain", "recurrent"}
+
+
+@needs_corpus
+def test_every_pattern_finds_files() -> None:
+    assert [pattern for pattern in EXPECTED if not list(CHECKPOINTS.glob(pattern))] == []
+
+
+@needs_corpus
+@pytest.mark.parametrize(("path", "family"), FILES, ids=[f"{p.parent.name}/{p.name[-40:]}" for p, _ in FILES])
+def test_file_is_recognised_and_runs(path: Path, family: str) -> None:
+    checkpoint = ws.open(path)
+    found = recognise(signature(checkpoint))
+    assert [name for name in found if name not in GENERIC] == [family]
+    assert next(iter(found)) == family
+    skeleton = found[family]
+    assert not skeleton.module.training
+    outputs = run(skeleton, dict(checkpoint.items()))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert all(out.isfinite().all() for out in outputs)
+    # A constant output would let any wiring pass for a proof.
+    assert any(out.float().std() > 0 for out in outputs)
+
+
+@needs_corpus
+@pytest.mark.parametrize("family", ONE_EACH)
+def test_mutilated_signatures_are_never_recognised(family: str) -> None:
+    """A missing, an additional or a misshapen tensor: no family fits exactly, and none raises."""
+    whole = signature(ws.open(ONE_EACH[family]))
+    used = recognise(whole)[family]
+    rng = random.Random(0)
+    names = [name for name in whole.shapes if name not in used.unused]
+    for name in rng.sample(names, min(8, len(names))):
+        less = {n: s for n, s in whole.shapes.items() if n != name}
+        more = {**whole.shapes, f"{name}.foreign": (3,)}
+        flat = {**whole.shapes, name: (*whole.shapes[name], 3)}
+        bare = {**whole.shapes, name: ()} if whole.shapes[name] else {**whole.shapes, name: (2, 2)}
+        for shapes in (less, more, flat, bare):
+            found = recognise(ws.Signature(shapes, whole.dtypes, whole.metadata))
+            assert family not in found, name
+
+
+def test_foreign_signatures_are_recognised_by_none() -> None:
+    rng = random.Random(1)
+    stems = [
+        "encoder",
+        "gate",
+        "kernel",
+        "weight",
+        "bias",
+        "conv1",
+        "bn1",
+        "fc",
+        "0",
+        "features",
+        "layer1",
+        "W",
+    ]
+    for _ in range(200):
+        shapes = {
+            ".".join(rng.choices(stems, k=rng.randint(1, 4))): tuple(
+                rng.choices(range(5), k=rng.randint(0, 5))
+            )
+            for _ in range(rng.randint(1, 12))
+        }
+        for module in families():
+            skeleton = module.build(ws.Signature(shapes))
+            assert (
+                skeleton is None or module.FAMILY in GENERIC or not is_exact(skeleton, ws.Signature(shapes))
+            )
+
+
+def test_empty_signature() -> None:
+    assert recognise(ws.Signature({})) == {}
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)),
+        torch.nn.Sequential(
+            torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.ReLU(), torch.nn.Linear(7, 3, bias=False)
+        ),
+        torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 9, 3)
+        ),
+    ],
+    ids=["mlp", "mlp-norm", "cnn"],
+)
+def test_plain_chain(net: torch.nn.Module) -> None:
+    tensors = net.state_dict()
+    found = recognise(signature(tensors))
+    assert next(iter(found)) == "plain-chain"
+    assert run(found["plain-chain"], tensors).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"actor.weight": (4, 4), "critic.weight": (4, 4), "out.weight": (1, 4)},
+        {"a.0.weight": (4, 4), "b.0.weight": (4, 4)},
+        {"fc1.weight": (4, 3), "fc2.weight": (5, 6)},
+        {"conv1.weight": (4, 1, 3, 3), "conv2.weight": (4, 1, 3, 3), "fc.weight": (2, 4)},
+    ],
+    ids=["parallel-heads", "two-stems", "misfit", "depthwise"],
+)
+def test_plain_chain_declines_what_need_not_be_one(shapes: dict[str, tuple[int, ...]]) -> None:
+    assert recognise(ws.Signature(shapes)) == {}
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+@pytest.mark.parametrize("both", [False, True])
+def test_recurrent_runs_like_torch(kind: type[torch.nn.RNNBase], both: bool) -> None:
+    net = torch.nn.ModuleDict(
+        {
+            "rnn": kind(5, 6, num_layers=2, batch_first=True, bidirectional=both),
+            "fc": torch.nn.Linear(6 + 6 * both, 3),
+        }
+    )
+    tensors = net.state_dict()
+    found = recognise(signature(tensors))
+    assert list(found) == ["recurrent"]
+    x = torch.randn(2, 4, 5)
+    with torch.no_grad():
+        expected = net["fc"](net["rnn"](x)[0])
+    torch.testing.assert_close(run(found["recurrent"], tensors, x), expected)
