@@ -78,7 +78,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
                 rename[f"layers.{len(built)}.{key}"] = f"{name}.{key}"
             built.append(module)
 
-        width, following = None, [*convs[1:], *linears]
+        width, following = None, [*convs, *linears][1:]
         for i, name in enumerate([*convs, *linears]):
             shape, bias = layers[name]["weight"], "bias" in layers[name]
             if rank[name] == 4:

@@ -37,7 +37,9 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
         else:
             return None
         module = nn.Sequential(layers[0], inner, layers[1], inner, layers[2], last)
-    return ws.Skeleton(module.eval(), (torch.randn(2, incoming),), f"MLP GAN {kind}")
+    # On plain noise a trained discriminator's sigmoid is exactly zero; a faint image on black is not so sure.
+    inputs = torch.rand(2, incoming) * 0.05 - 1 if kind == "discriminator" else torch.randn(2, incoming)
+    return ws.Skeleton(module.eval(), (inputs,), f"MLP GAN {kind}")
 
 
 def _image(size: int) -> bool:

@@ -103,6 +103,8 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
                     groups = max(groups, incoming // weight[1])
                     incoming = weight[0]
                 downsample = f"{prefix}downsample.0.weight" in shapes
+                if not downsample and incoming != width:
+                    return None
                 blocks.append(_Block(width, weights, 2 if stage > 1 and block == 0 else 1, downsample))
                 width, layers = incoming, layers + len(weights)
             stages.append(blocks)

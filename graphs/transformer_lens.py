@@ -141,14 +141,26 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
 
 
 def _complete(parts: dict[str, dict[str, tuple[int, ...]]], depth: int) -> bool:
-    attention = {f"{kind}_{role}" for kind in "Wb" for role in "QKVO"}
-    plain = {"W_in", "b_in", "W_out", "b_out"}
+    """Whether every block is whole and all sizes agree."""
+    vocabulary, model = parts["embed"]["W_E"]
+    heads, _, head = parts["blocks.0.attn"]["W_Q"]
+    want: dict[str, dict[str, tuple[int, ...]]] = {
+        "embed": {"W_E": (vocabulary, model)},
+        "pos_embed": {"W_pos": (parts["pos_embed"]["W_pos"][0], model)},
+        "unembed": {"W_U": (model, parts["unembed"]["W_U"][1]), "b_U": (parts["unembed"]["W_U"][1],)},
+    }
     for i in range(depth):
-        if set(parts.get(f"blocks.{i}.attn", ())) != attention:
-            return False
-        if set(parts.get(f"blocks.{i}.mlp", plain)) - {"W_gate"} != plain:
-            return False
-        if parts[f"blocks.{i}.attn"]["W_K"][0] != parts[f"blocks.{i}.attn"]["W_Q"][0]:
-            return False
-    norms = [part for name, part in parts.items() if re.search(r"(ln[12]|ln_final)$", name)]
-    return all("w" in norm for norm in norms) and {"W_U", "b_U"} == set(parts["unembed"])
+        attention: dict[str, tuple[int, ...]] = {f"W_{role}": (heads, model, head) for role in "QKV"}
+        attention |= {f"b_{role}": (heads, head) for role in "QKV"}
+        want[f"blocks.{i}.attn"] = {**attention, "W_O": (heads, head, model), "b_O": (model,)}
+        if mlp := parts.get(f"blocks.{i}.mlp"):
+            width = next(iter(mlp.get("b_in", (0,))), 0)
+            maps = {name: (model, width) for name in ("W_in", "W_gate") if name in mlp}
+            want[f"blocks.{i}.mlp"] = {**maps, "b_in": (width,), "W_out": (width, model), "b_out": (model,)}
+            if "W_in" not in mlp:
+                return False
+    norms = [name for name in parts if re.search(r"(ln[12]|ln_final)$", name)]
+    biased = any("b" in parts[name] for name in norms)
+    for name in norms:
+        want[name] = {"w": (model,), "b": (model,)} if biased else {"w": (model,)}
+    return parts == want

@@ -79,6 +79,8 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
                 if len(first) != 4 or len(second) != 4:
                     return None
                 project = f"{prefix}convShortcut.weight" in shapes
+                if not project and width != second[0]:
+                    return None
                 blocks.append(_Block(width, first[0], second[0], 2 if stage > 1 and i == 0 else 1, project))
                 width = second[0]
             stages.append(_Stage(blocks))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 CHECKPOINTS = SHARED / "checkpoints"
 
-# Pattern below ../shared/checkpoints -> family. ONNX files and Keras files with a config carry their own graph.
+# Pattern below ../shared/checkpoints -> family. ONNX files and Keras files with a config need none.
 EXPECTED = {
     "arena-transformers/*.pt": "transformer-lens",
     "backdoor-csaw/*.h5": "deepid",

@@ -1,7 +1,7 @@
 """The skeletons compute the true functions: accuracies on real data, equality with ONNX twins.
 
-The CIFAR-10 images of the corpus are JPEG-compressed, which costs nets trained on the originals some ten points
-(ResNet-20: 91.8 % on the originals, about 80 % here); a wrong shortcut or norm costs all of them.
+The CIFAR-10 images of the corpus are JPEG-compressed, which costs nets trained on the originals some ten
+points (ResNet-20: 91.8 % on the originals, about 80 % here); a wrong shortcut or norm costs all of them.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def test_numpy_mlp() -> None:
 
 
 def test_palindromes() -> None:
-    """The classifiers say at the last position whether 20 digits between two marks read the same both ways."""
+    """The classifiers say at the last position whether 20 digits between two marks are a palindrome."""
     torch.manual_seed(0)
     half = torch.randint(31, (100, 10))
     digits = torch.cat((torch.cat((half, half.flip(1)), 1), torch.randint(31, (100, 20))))
@@ -142,8 +142,8 @@ def test_symmetry_copies_of_the_siren_draw_one_image() -> None:
 
 def test_textgenrnn_predicts_english() -> None:
     """Half of the next characters of plain text; reading the CuDNN kernels untransposed gives none."""
-    codes = dict(zip(" eitsnaolrhdcupmgyfwbvk", [5, 14, 7, 2, 4, 8, 9, 17, 10, 15, 28, 35, 24, 32, 25, 31, 30, 11, 41,
-                                                 22, 55, 13, 48], strict=True))  # fmt: skip
+    numbers = [5, 14, 7, 2, 4, 8, 9, 17, 10, 15, 28, 35, 24, 32, 25, 31, 30, 11, 41, 22, 55, 13, 48]
+    codes = dict(zip(" eitsnaolrhdcupmgyfwbvk", numbers, strict=True))
     text = "the people of the world want to see more of this and they will come back to the same place again"
     ids = [464, *(codes[c] for c in text)]
     windows = torch.tensor([([0] * 40 + ids[:i])[-40:] for i in range(8, len(ids))])

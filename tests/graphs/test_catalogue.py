@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ needs_corpus = pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="../shared/ch
 FILES = expected_files()
 ONE_EACH = {family: path for path, family in reversed(FILES)}
 GENERIC = {"plain-chain", "recurrent"}
+# Without one of these a checkpoint is still a whole network: counters, optional scales, a last layer.
+OPTIONAL = re.compile(r"num_batches_tracked$|scale\d\.scale$|__syn2$")
 
 
 @needs_corpus
@@ -51,7 +54,7 @@ def test_mutilated_signatures_are_never_recognised(family: str) -> None:
         more = {**whole.shapes, f"{name}.foreign": (3,)}
         flat = {**whole.shapes, name: (*whole.shapes[name], 3)}
         bare = {**whole.shapes, name: ()} if whole.shapes[name] else {**whole.shapes, name: (2, 2)}
-        for shapes in (less, more, flat, bare):
+        for shapes in (more, flat, bare) if OPTIONAL.search(name) else (less, more, flat, bare):
             found = recognise(ws.Signature(shapes, whole.dtypes, whole.metadata))
             assert family not in found, name
 
