@@ -117,7 +117,7 @@ def graph(
     form: Annotated[str, typer.Option("--format", "-f", help="pyg, graphml or json.")] = "json",
 ) -> None:
     """Write the parameter graph of FILE: a node per axis element, an edge per weight."""
-    from weightspace import graph as parameter_graph
+    from weightspace.graph import graph as parameter_graph
 
     models = list(_open_all(file))
     if len(models) > 1:
