@@ -304,27 +304,43 @@ class Ledger:
         first = dims[0]
         if all(len(d) == len(first) and all(x is y for x, y in zip(d, first, strict=True)) for d in dims):
             return first
-        aligned: list[list[Atom]] = []
-        rests = [list(d) for d in dims]
-        while rests[0]:
-            width = rests[0][0].size
-            for r in rests:
-                width = min(width, r[0].size) if r else 1
-            column = []
-            for r in rests:
-                if r[0].size != width:
-                    outer, inner = self.factor(r[0], width)
-                    r[:1] = outer + inner
-                if r[0].size != width:
-                    raise Irreconcilable
-                column.append(r.pop(0))
-            aligned.append(column)
         out: Dim = []
-        for column in aligned:
-            a = self.atom(column[0].size)
-            a.form = Family(like.index, like.bounds, tuple(column))
+        for column in self._columns(dims):
+            a = self.atom(size_of(column[0]))
+            a.form = Family(like.index, like.bounds, tuple(self._wrapped(piece) for piece in column))
             out.append(a)
         return self.normal(out)
+
+    def _wrapped(self, dim: Dim) -> Atom:
+        """A dim as one atom."""
+        if len(dim) == 1:
+            return dim[0]
+        a = self.atom(size_of(dim))
+        a.form = Product(tuple(dim))
+        return a
+
+    @staticmethod
+    def _columns(dims: Sequence[Dim]) -> list[list[Dim]]:
+        """Products of equal total cut at the boundaries that they share, nothing refined."""
+        ends = []
+        for d in dims:
+            total, marks = 1, set()
+            for a in d:
+                total *= a.size
+                marks.add(total)
+            ends.append(marks)
+        shared = sorted(set.intersection(*ends))
+        columns: list[list[Dim]] = [[] for _ in shared]
+        for d in dims:
+            rest = list(d)
+            total = 1
+            for k, end in enumerate(shared):
+                piece: Dim = []
+                while total < end:
+                    piece.append(rest.pop(0))
+                    total *= piece[-1].size
+                columns[k].append(piece)
+        return columns
 
     def restrict(self, dim: Iterable[Atom], cuts: Sequence[Cut]) -> Dim:
         """A dim of a tensor after other dims (or its own leading atoms) were cut."""
@@ -440,23 +456,44 @@ class Ledger:
 
     def unify(self, one: Iterable[Atom], two: Iterable[Atom], why: str) -> None:
         """Two dims of equal size are the same dim."""
+        self.unify_all([(one, two)], why)
+
+    def unify_all(self, dims: Iterable[tuple[Iterable[Atom], Iterable[Atom]]], why: str) -> None:
+        """The dims of two aligned tensors are the same, pair by pair.
+
+        Indices come before the families over them: a family can only be matched position by position
+        once its index is known to be the same on both sides.
+        """
+        pairs = [pair for one, two in dims for pair in self._align(one, two, why)]
+        late = [isinstance(a.form, Family) or isinstance(b.form, Family) for a, b in pairs]
+        for wanted in (False, True):
+            for (a, b), is_late in zip(pairs, late, strict=True):
+                if is_late is wanted:
+                    self._unify_pair(a, b, why)
+
+    def _unify_pair(self, a: Atom, b: Atom, why: str) -> None:
+        a, b = self.find(a), self.find(b)
+        if a is b:
+            return
+        if isinstance(a.form, Product) or isinstance(b.form, Product):
+            self.unify([a], [b], why)
+            return
+        try:
+            self._unify_atoms(a, b, why)
+        except Irreconcilable:
+            self._clash([a, b], why)
+
+    def _align(self, one: Iterable[Atom], two: Iterable[Atom], why: str) -> list[tuple[Atom, Atom]]:
+        """Both dims as products of atoms of the same sizes."""
         f, g = self.normal(one), self.normal(two)
         if size_of(f) != size_of(g):
             raise AssertionError(f"unify of sizes {size_of(f)} and {size_of(g)} in {why}")
+        pairs: list[tuple[Atom, Atom]] = []
         while f and g:
-            a, b = self.find(f[0]), self.find(g[0])
-            if isinstance(a.form, Product):
-                f[:1] = self.normal([a])
-                continue
-            if isinstance(b.form, Product):
-                g[:1] = self.normal([b])
-                continue
-            if a is b:
-                f, g = f[1:], g[1:]
-                continue
+            a, b = f[0], g[0]
             try:
                 if a.size == b.size:
-                    self._unify_atoms(a, b, why)
+                    pairs.append((a, b))
                     f, g = f[1:], g[1:]
                 elif a.size > b.size:
                     x, y = self._factor_or_pinned(a, b.size, f)
@@ -464,9 +501,11 @@ class Ledger:
                 else:
                     x, y = self._factor_or_pinned(b, a.size, g)
                     g[:1] = x + y
+                f, g = self.normal(f), self.normal(g)
             except Irreconcilable:
                 self._clash([*f, *g], why)
-                return
+                break
+        return pairs
 
     def _factor_or_pinned(self, a: Atom, outer: int, context: Dim) -> tuple[Dim, Dim]:
         try:
@@ -484,8 +523,13 @@ class Ledger:
             self.pin(dim, f"cut in incompatible ways ({why})")
 
     def _unify_atoms(self, a: Atom, b: Atom, why: str) -> None:
-        if self.is_pinned([a]) or self.is_pinned([b]):
-            fixed, other = (a, b) if self.is_pinned([a]) else (b, a)
+        # A stack's index has a form and no leaves: it takes the structural way below.
+        fixed_a, fixed_b = (bool(self.leaves([x])) and self.is_pinned([x]) for x in (a, b))
+        if fixed_a or fixed_b:
+            fixed, other = (a, b) if fixed_a else (b, a)
+            if fixed.form is None and other.form is not None and not self.leaves([other]):
+                fixed.parent = other
+                return
             reason = next((x.reason for x in self.leaves([fixed])), "pinned")
             self.pin([other], reason)
             if a.form is None and b.form is None:
@@ -590,16 +634,20 @@ class Ledger:
         if isinstance(a.form, Sum):
             marks, offset = set(), 0
             for part in a.form.parts:
-                atoms = self.normal(part)
-                if atoms:
-                    inner = size_of(atoms[1:])
-                    marks |= {offset + m * inner for m in self._marks(atoms[0])}
+                marks |= {offset + m for m in self._marks_of(part)}
                 offset += size_of(part)
                 marks.add(offset)
             return marks
         if isinstance(a.form, Family):
-            return set().union(*(self._marks(x) for m in a.form.members for x in [self.find(m)] if x.size == a.size))
+            return set().union(*(self._marks_of([m]) for m in a.form.members))
         return set()
+
+    def _marks_of(self, dim: Iterable[Atom]) -> set[int]:
+        atoms = self.normal(dim)
+        if not atoms:
+            return set()
+        inner = size_of(atoms[1:])
+        return {m * inner for m in self._marks(atoms[0])}
 
     def collapse(self, a: Atom) -> None:
         """A family whose index is gone: all members are one atom."""

@@ -59,15 +59,25 @@ def _share(
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module and its children in eval mode, put back afterwards."""
+    """The module and its children in eval mode, put back afterwards.
+
+    Where transformers offers several implementations of a layer of experts, the one that looks up each
+    token's expert is used: the sorted ones hide which expert a row belongs to.
+    """
     training = [m for m in module.modules() if m.training]
+    configs = {id(c): c for m in module.modules() if hasattr(c := getattr(m, "config", None), "_experts_implementation")}
+    previous = {k: c._experts_implementation for k, c in configs.items()}
     for m in training:
         m.training = False
+    for c in configs.values():
+        c._experts_implementation = "batched_mm"
     try:
         yield
     finally:
         for m in training:
             m.training = True
+        for k, c in configs.items():
+            c._experts_implementation = previous[k]
 
 
 def _guess(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -55,14 +55,16 @@ def _broadcast(t: Tracer, tensors: Sequence[torch.Tensor], shape: Sequence[int])
     # Few-dimensional operands last: families along an index must meet their index first.
     for x in sorted(tensors, key=lambda x: -x.dim()):
         lead = len(shape) - x.dim()
+        pairs = []
         for d, dim in enumerate(t.dims(x)):
             n = int(shape[lead + d])
             if x.shape[d] != n or n == 1:
                 continue
             if result[lead + d]:
-                t.unify(result[lead + d], dim)
+                pairs.append((result[lead + d], dim))
             else:
                 result[lead + d] = dim
+        t.ledger.unify_all(pairs, t.op)
     for d, n in enumerate(shape):
         if not result[d] and n != 1:
             result[d] = t.ledger.dim(int(n), pinned=n == 0, reason="empty")
@@ -117,9 +119,8 @@ CREATION: dict[str, Callable[[Tracer, torch.Tensor], list[Dim]]] = {
 
 def _contract(t: Tracer, batch: Sequence[tuple[Dim, Dim]], summed: Sequence[tuple[Dim, Dim]]) -> None:
     """Unify what is matched and summed; fibres survive only over what is matched."""
-    for a, b in [*batch, *summed]:
-        if size_of(a) == size_of(b):
-            t.unify(a, b)
+    pairs = [(a, b) for a, b in [*batch, *summed] if size_of(a) == size_of(b)]
+    t.ledger.unify_all(pairs, t.op)
     t.observe([a for a, _ in batch] + [a for a, _ in summed])
 
 
@@ -807,7 +808,7 @@ def _index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     positions = [k for k, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     shape = torch.broadcast_shapes(*(i.shape for i in given))
-    run = _as_range(given[0]) if len(given) == 1 and t.label(given[0]).const else None
+    run = _as_range(given[0], x.shape[positions[0]]) if len(given) == 1 and t.label(given[0]).const else None
     if run is not None:
         return _cut(t, dims, positions[0], *run)
     for k, i in zip(positions, given, strict=True):
@@ -825,11 +826,11 @@ def _index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return Label(result, domain=t.label(x).domain, implied=implied)
 
 
-def _as_range(index: torch.Tensor) -> tuple[int, int] | None:
+def _as_range(index: torch.Tensor, size: int) -> tuple[int, int] | None:
     """Start and stop of a constant one-dimensional index that counts upwards."""
     if index.dim() != 1 or index.numel() == 0 or index.device.type == "meta" or index.dtype == torch.bool:
         return None
-    values = index.tolist()
+    values = [v + size if v < 0 else v for v in index.tolist()]
     start = values[0]
     return (start, start + len(values)) if values == list(range(start, start + len(values))) and start >= 0 else None
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from weightspace.wiring.algebra import Atom, Dim, Irreconcilable, Ledger, size_of
+from weightspace.errors import WiringError
 from weightspace.wiring.program import Program
 
 
@@ -82,17 +83,62 @@ def plain_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-class Tracer(TorchDispatchMode):
-    """Runs operations for real and labels their results."""
+class Recorder(TorchDispatchMode):
+    """First pass: which operations does the output depend on?
+
+    Models compute things that they never use (a slice whose shape alone is read); such an operation must
+    not constrain anything.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.steps: list[tuple[list[torch.Tensor], list[torch.Tensor], bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        reads = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        writes = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        mutated = _mutated(func._schema, args, kwargs)
+        self.steps.append((reads, writes + mutated, bool(mutated)))
+        return out
+
+    def live(self, outputs: Sequence[torch.Tensor]) -> list[bool]:
+        """For every operation in order: can it influence the outputs?"""
+        shared = {_storage(x) for _, ws, m in self.steps if m for x in ws if x.layout == torch.strided}
+
+        def key(x: torch.Tensor) -> tuple[str, int]:
+            # Where memory is written in place, all its views stand or fall together.
+            if x.layout == torch.strided and _storage(x) in shared:
+                return ("storage", _storage(x))
+            return ("tensor", id(x))
+
+        wanted = {key(x) for x in outputs}
+        alive = []
+        for reads, writes, _ in reversed(self.steps):
+            use = any(key(x) in wanted for x in writes) or not writes
+            alive.append(use)
+            if use:
+                wanted |= {key(x) for x in reads}
+        return alive[::-1]
+
+
+class Tracer(TorchDispatchMode):
+    """Runs operations for real and labels their results."""
+
+    def __init__(self, live: Sequence[bool] = ()) -> None:
+        super().__init__()
+        self._live = live
+        self._step = 0
         self.ledger = Ledger()
         self._labels: dict[int, tuple[torch.Tensor, Label]] = {}
         self.missing: Counter[str] = Counter()
         self.touched: set[int] = set()
         self.op = ""
         self.implied: tuple[Implied, ...] = ()
+        # Storages that hold more than constants, and labels in force during one operation only.
+        self._written: set[int] = set()
+        self._momentary: dict[int, Label] = {}
 
     # ---------------------------------------------------------------- labels
 
@@ -103,12 +149,24 @@ class Tracer(TorchDispatchMode):
     def label(self, tensor: torch.Tensor) -> Label:
         """The label of a tensor; one never seen is a constant, judged by its values."""
         self.touched.add(id(tensor))
+        if id(tensor) in self._momentary:
+            return self._momentary[id(tensor)]
         found = self._labels.get(id(tensor))
         if found is None:
             label = Label(self.by_value(tensor), const=True)
             self.set(tensor, label)
             return label
+        if found[1].const and tensor.layout == torch.strided and _storage(tensor) in self._written:
+            found[1].const = False
         return found[1]
+
+    def _renew(self, tensors: Sequence[torch.Tensor], mutated: Sequence[torch.Tensor]) -> None:
+        """A constant ties nothing where it does not vary: each operation that reads it sees fresh dims."""
+        for x in tensors:
+            label = self.label(x)
+            if label.const and not any(x is m for m in mutated):
+                dims = [d if self.ledger.is_pinned(d) else self.ledger.dim(size_of(d)) for d in label.dims]
+                self._momentary[id(x)] = Label(dims, True, label.domain)
 
     def dims(self, tensor: torch.Tensor) -> list[Dim]:
         return [self.ledger.normal(d) for d in self.label(tensor).dims]
@@ -181,7 +239,12 @@ class Tracer(TorchDispatchMode):
         tensors = [x for x in flat if isinstance(x, torch.Tensor)]
         out = _call(func, tensors, args, kwargs)
         outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        step, self._step = self._step, self._step + 1
         if not outputs:
+            return out
+        if step < len(self._live) and not self._live[step]:
+            for o in outputs:
+                self.set(o, Label(self.fresh(o.shape, "unused", pinned=True)))
             return out
         name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
         previous, self.op = self.op, f"aten.{name}"
@@ -205,6 +268,11 @@ class Tracer(TorchDispatchMode):
             rule = RULES.get(base)
             if rule is None and (torch.Tag.pointwise in func.tags or name.rstrip("_") in _POINTWISE):
                 rule = pointwise
+            if not is_view and not const:
+                self._renew(tensors, mutated)
+            for m in mutated:
+                if not const and m.layout == torch.strided:
+                    self._written.add(_storage(m))
             self.implied = self._gather_implied(labels)
             before = [(m, [list(d) for d in self.label(m).dims]) for m in mutated]
             try:
@@ -217,6 +285,7 @@ class Tracer(TorchDispatchMode):
             self._assign(out, outputs, result, const, before)
         finally:
             self.op = previous
+            self._momentary.clear()
         return out
 
     def _assign(
@@ -231,6 +300,7 @@ class Tracer(TorchDispatchMode):
         if len(results) != len(outputs):
             raise AssertionError(f"{self.op}: rule labelled {len(results)} of {len(outputs)} outputs")
         kept = {id(m): dims for m, dims in before}
+        self._momentary.clear()
         for tensor, item in zip(outputs, results, strict=True):
             label = item if isinstance(item, Label) else Label([list(d) for d in item])
             if len(label.dims) != tensor.dim() or any(
@@ -247,6 +317,10 @@ class Tracer(TorchDispatchMode):
             self.implied = label.implied
             self.observe(label.dims)
             self.set(tensor, label)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_dims(result: Any) -> bool:
@@ -285,16 +359,37 @@ _POINTWISE = {
 }  # fmt: skip
 
 
+def _liveness(program: Program, tensors: Mapping[str, torch.Tensor]) -> list[bool]:
+    previous = -1
+    for _ in range(4):
+        live = _record(program, tensors)
+        # A first run may fill caches and so do more than the next.
+        if len(live) == previous:
+            return live
+        previous = len(live)
+    return live
+
+
+def _record(program: Program, tensors: Mapping[str, torch.Tensor]) -> list[bool]:
+    recorder = Recorder()
+    with torch.no_grad(), plain_kernels(), recorder:
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        out = program.run(tensors, *program.args, **program.kwargs)
+        torch.set_rng_state(state)
+    return recorder.live([x for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
+
+
 def trace(program: Program) -> Trace:
     """Run a program once and read off which axes are the same axis.
 
     Raises whatever the program itself raises.
     """
-    tracer = Tracer()
+    tensors = dict(program.tensors)
+    tracer = Tracer(_liveness(program, tensors))
     ledger = tracer.ledger
     labels: dict[str, Label] = {}
     aliases: dict[tuple[Any, ...], str] = {}
-    tensors = dict(program.tensors)
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
         twin = aliases.setdefault(key, name) if tensor.device.type != "meta" else name
@@ -310,7 +405,15 @@ def trace(program: Program) -> Trace:
             tracer.set(x, Label(tracer.fresh(x.shape, "input", pinned=True)))
     tracer.touched.clear()
     with torch.no_grad(), plain_kernels(), tracer:
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
         out = program.run(tensors, *program.args, **program.kwargs)
+        torch.set_rng_state(state)
+    if tracer._step != len(tracer._live):
+        raise WiringError(
+            f"the network ({program.origin}) performed {len(tracer._live)} operations in one run and {tracer._step} in "
+            "the next on the same inputs, so it cannot be traced; make its forward deterministic"
+        )
     outputs, _ = tree_flatten(out)
     for x in outputs:
         if isinstance(x, torch.Tensor):
