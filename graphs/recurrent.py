@@ -125,9 +125,11 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
         for i, name in enumerate(linears):
             bias = name[: -len("weight")] + "bias"
             heads.append(nn.Linear(shapes[name][1], shapes[name][0], bias=bias in shapes))
-            rename |= {f"heads.{i}.weight": name, f"heads.{i}.bias": bias} if bias in shapes else {
-                f"heads.{i}.weight": name
-            }
+            rename |= (
+                {f"heads.{i}.weight": name, f"heads.{i}.bias": bias}
+                if bias in shapes
+                else {f"heads.{i}.weight": name}
+            )
         embedding = shapes[embeddings[0]] if embeddings else None
         module = _Model(embedding, _Cells(cells, gates, depth, both), heads)
     if embeddings:
