@@ -136,7 +136,7 @@ def test_large_tensors_take_the_histogram_and_agree_with_the_sort(monkeypatch: p
     approximate = describe(net).vector
     assert _relative(exact, approximate) < 2e-3
     permuted = {"w": net["w"][torch.randperm(300)], "b": net["b"]}
-    assert _relative(approximate, describe(permuted).vector) <= 1e-9
+    assert _relative(approximate, describe(permuted).vector) <= 1e-6
 
 
 def test_long_axes_take_the_spectrum_of_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:

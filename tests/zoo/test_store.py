@@ -99,7 +99,9 @@ def test_killed_while_writing_the_index_is_whole(tmp_path: Path) -> None:
             print(i, flush=True)
             i += 1
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) >= 120:

@@ -66,7 +66,10 @@ def test_every_model_is_found_by_its_content(folder: Path) -> None:
 def test_copies_are_at_distance_zero_and_others_are_not(folder: Path) -> None:
     zoo = ws.Zoo(folder)
     zoo.index(jobs=1, progress=False)
-    for query, copy in (("net-0.safetensors", "deep/same-as-0.pth"), ("net-1.safetensors", "deep/er/permuted-1.bin")):
+    for query, copy in (
+        ("net-0.safetensors", "deep/same-as-0.pth"),
+        ("net-1.safetensors", "deep/er/permuted-1.bin"),
+    ):
         nearest, second = zoo.similar(folder / query, k=2)
         assert nearest.name == copy
         assert nearest.distance < 1e-5 < 1e-2 < second.distance

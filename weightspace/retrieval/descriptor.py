@@ -38,7 +38,7 @@ _POOL_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _POOLS = ("mean", "deviation", "min", "q25", "median", "q75", "max")
 
 _LARGEST_SORT = 1 << 23
-"""Tensors with more elements than this are read through a histogram of log |w| instead of a sort."""
+"""Tensors with more elements than this are read in float32, their values through a histogram of log |w|."""
 
 _LARGEST_SPECTRUM = 1536
 """Sides longer than this get their spectrum from its first two moments instead of an eigenvalue problem."""
@@ -170,35 +170,33 @@ def _pool(rows: list[Array], width: int) -> Array:
 
 def _features(value: Tensor) -> Array:
     """Features of one tensor without axes of size one; the last entry is log10 of its number of elements."""
-    value = torch.nan_to_num(value.to(torch.float64), nan=0.0, posinf=0.0, neginf=0.0)
     count = value.numel()
-    square = value * value
-    mean_square = float(square.mean())
-    rms = math.sqrt(mean_square)
-    log_rms = math.log10(rms + 1e-6)
+    value = value.to(torch.float64 if count <= _LARGEST_SORT else torch.float32)
+    value = torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
+    rms = float(_norm(value, 2)) / math.sqrt(count)
+    shared = [math.log10(rms + 1e-6), *_shape_of_values(value, rms)]
     if value.dim() < 2:
-        return np.array([log_rms, *_shape_of_values(value, square, rms), math.log10(count)])
-    axes = np.stack([_axis_features(value, square, axis, rms) for axis in range(value.dim())])
-    longest, second = sorted(value.shape, reverse=True)[:2]
+        return np.array([*shared, math.log10(count)])
+    axes = np.stack([_axis_features(value, axis, rms) for axis in range(value.dim())])
+    lengths = sorted(value.shape, reverse=True)[:2]
     return np.array(
-        [
-            log_rms,
-            *_shape_of_values(value, square, rms),
-            *axes.mean(axis=0),
-            *axes.max(axis=0),
-            math.log10(longest),
-            math.log10(second),
-            math.log10(count),
-        ]
+        [*shared, *axes.mean(axis=0), *axes.max(axis=0), *np.log10(lengths), math.log10(count)],
+        dtype=np.float64,
     )
 
 
-def _shape_of_values(value: Tensor, square: Tensor, rms: float) -> list[float]:
+def _norm(value: Tensor, order: int, dim: tuple[int, ...] | None = None) -> Tensor:
+    """The p-norm over some axes, accumulated in float64 without a copy of the powers."""
+    norm: Tensor = torch.linalg.vector_norm(value, order, dim=dim, dtype=torch.float64)
+    return norm
+
+
+def _shape_of_values(value: Tensor, rms: float) -> list[float]:
     """Quantiles of |w| in units of the root mean square, and the log of the kurtosis."""
     if rms == 0.0:
         return [0.0] * (len(_VALUE_QUANTILES) + 1)
-    fourth = float((square * square).mean()) / rms**4
-    return [*(_quantiles(value.abs().flatten(), _VALUE_QUANTILES) / rms), math.log10(fourth)]
+    log_kurtosis = 4 * math.log10(float(_norm(value, 4)) / rms) - math.log10(value.numel())
+    return [*(_quantiles(value.abs().flatten(), _VALUE_QUANTILES) / rms), log_kurtosis]
 
 
 def _quantiles(values: Tensor, quantiles: tuple[float, ...]) -> Array:
@@ -218,17 +216,17 @@ def _quantiles(values: Tensor, quantiles: tuple[float, ...]) -> Array:
     return np.where(np.asarray(quantiles) >= 1.0, largest, result)
 
 
-def _axis_features(value: Tensor, square: Tensor, axis: int, rms: float) -> list[float]:
+def _axis_features(value: Tensor, axis: int, rms: float) -> list[float]:
     """Features of the unfolding of ``value`` along one axis: its spectrum and the norms of its slices."""
     if rms == 0.0:
         return [0.0] * len(_AXIS_FEATURES)
     length = value.shape[axis]
     width = value.numel() // length
-    squares = square.movedim(axis, 0).reshape(length, width)
-    second = squares.mean(dim=1)
-    slice_rms = second.sqrt() / rms
-    alive = second > 0
-    fourth = (squares[alive] ** 2).mean(dim=1) / second[alive] ** 2
+    others = tuple(dim for dim in range(value.dim()) if dim != axis)
+    slice_rms = _norm(value, 2, others) / math.sqrt(width)
+    alive = slice_rms > 0
+    log_fourth = 4 * torch.log10(_norm(value, 4, others)[alive] / slice_rms[alive]) - math.log10(width)
+    slice_rms /= rms
     spectrum = _spectrum(value.movedim(axis, 0).reshape(length, width))
     share = spectrum / spectrum.sum()
     positive = share[share > 0]
@@ -242,7 +240,7 @@ def _axis_features(value: Tensor, square: Tensor, axis: int, rms: float) -> list
         *np.quantile(singular, _SPECTRUM_QUANTILES),
         float(slice_rms.std(correction=0)),
         *np.quantile(slice_rms.numpy(), _SLICE_QUANTILES),
-        float(torch.log10(fourth).mean()),
+        float(log_fourth.mean()),
     ]
 
 
@@ -250,7 +248,7 @@ def _spectrum(matrix: Tensor) -> Array:
     """Squared singular values of a matrix (rows, columns), ascending, min(rows, columns) of them."""
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    gram = matrix @ matrix.T
+    gram = (matrix @ matrix.T).to(torch.float64)
     side = gram.shape[0]
     if side <= _LARGEST_SPECTRUM:
         return np.asarray(np.clip(torch.linalg.eigvalsh(gram).numpy(), 0.0, None), dtype=np.float64)
