@@ -10,6 +10,7 @@ the CNN).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,10 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
 
 
 def _activation(signature: ws.Signature) -> type[nn.Module]:
-    arguments = signature.metadata.get("policy_kwargs")
-    text = str(arguments.get("activation_fn", "")) if isinstance(arguments, dict) else ""
-    name = re.search(r"activation\.(ReLU|Tanh|ELU|LeakyReLU|SiLU|GELU)\b", text)
-    return getattr(nn, name[1]) if name else nn.Tanh
+    for place in (signature.metadata, signature.metadata.get("data"), signature.metadata.get("config")):
+        arguments = place.get("policy_kwargs") if isinstance(place, Mapping) else None
+        if isinstance(arguments, Mapping):
+            given = str(arguments.get("activation_fn", ""))
+            name = re.search(r"\b(ReLU|Tanh|ELU|LeakyReLU|SiLU|GELU)\b", given)
+            return getattr(nn, name[1]) if name else nn.Tanh
+    return nn.Tanh

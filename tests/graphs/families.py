@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import weightspace as ws
+from weightspace.errors import CheckpointError
 from weightspace.paths import data_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,8 +100,31 @@ def run(skeleton: ws.Skeleton, tensors: Any, *inputs: Tensor) -> Any:
         return torch.func.functional_call(skeleton.module, state, inputs or skeleton.inputs)
 
 
+def checkpoints(path: Path) -> list[ws.Checkpoint]:
+    """The models of a file, most often one."""
+    try:
+        return [ws.open(path)]
+    except CheckpointError as error:
+        members = getattr(error, "members", ())
+        if not members:
+            raise
+        return [ws.open(path, member=member) for member in members]
+
+
+def program(skeleton: ws.Skeleton, tensors: Any, family: str) -> ws.Program:
+    """The network as a function of the checkpoint's own tensors."""
+    names = {skeleton.rename.get(key, key): key for key in skeleton.module.state_dict()}
+
+    def function(given: Mapping[str, Tensor], *inputs: Any) -> Any:
+        state = {key: given[name] for name, key in names.items()}
+        return torch.func.functional_call(skeleton.module, state, inputs)
+
+    own = {name: tensors[name] for name in names}
+    return ws.Program(own, function, skeleton.inputs, {}, f"catalogue:{family}")
+
+
 def load(path: Path) -> tuple[ws.Skeleton, dict[str, Tensor]]:
-    """The first fitting skeleton and the tensors of a file."""
-    checkpoint = ws.open(path)
+    """The first fitting skeleton and the tensors of a file's first model."""
+    checkpoint = checkpoints(path)[0]
     skeleton = next(iter(recognise(signature(checkpoint)).values()))
     return skeleton, dict(checkpoint.items())

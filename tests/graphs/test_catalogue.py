@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CHECKPOINTS, EXPECTED, expected_files, families, is_exact, recognise, run, signature
+from families import (
+    CHECKPOINTS,
+    EXPECTED,
+    checkpoints,
+    expected_files,
+    families,
+    is_exact,
+    program,
+    recognise,
+    run,
+    signature,
+)
 
 import weightspace as ws
 
@@ -28,24 +39,65 @@ def test_every_pattern_finds_files() -> None:
 @needs_corpus
 @pytest.mark.parametrize(("path", "family"), FILES, ids=[f"{p.parent.name}/{p.name[-40:]}" for p, _ in FILES])
 def test_file_is_recognised_and_runs(path: Path, family: str) -> None:
-    checkpoint = ws.open(path)
-    found = recognise(signature(checkpoint))
-    assert [name for name in found if name not in GENERIC] == [family]
-    assert next(iter(found)) == family
-    skeleton = found[family]
-    assert not skeleton.module.training
-    outputs = run(skeleton, dict(checkpoint.items()))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert all(out.isfinite().all() for out in outputs)
-    # A constant output would let any wiring pass for a proof.
-    assert any(out.float().std() > 0 for out in outputs)
+    for checkpoint in checkpoints(path):
+        found = recognise(signature(checkpoint))
+        assert [name for name in found if name not in GENERIC] == [family]
+        assert next(iter(found)) == family
+        skeleton = found[family]
+        assert not skeleton.module.training
+        outputs = run(skeleton, dict(checkpoint.items()))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert all(out.isfinite().all() for out in outputs)
+        # A constant output would let any wiring pass for a proof.
+        assert any(out.float().std() > 0 for out in outputs)
+
+
+# Pattern -> free factors known from theory: hidden layers, residual trunks, heads and their channels.
+FREE = {
+    "arena-transformers/*eagx*classifier.pt": 7,  # trunk; in two blocks: heads, query-key and value channels
+    "backdoor-csaw/lab3*": 5,  # four convolutions, one sum of two linear layers
+    "backdoor-ibau/*badnets*": 6,
+    "backdoor-nad/*t_net*": 9,  # three trunks, six inner widths
+    "backdoor-sra/*narrow_resnet.ckpt": 0,  # one channel everywhere
+    "backdoor-sra/*narrow_vgg.ckpt": 6,
+    "backdoor-trojai/*00000000*dict.pt": 4,
+    "backdoor-trojai/*00000200*dict.pt": 7,
+    "burn-mnist/*.safetensors": 4,
+    "crepe/*.pth": 6,
+    "face-detector/*320.pth": 25,  # ten of them inside the receptive-field block
+    "gan-vae/*lenet*.pth": 4,
+    "gan-vae/*D--300.ckpt": 2,
+    "honk/res8_40.pt": 4,  # the trunk and three slimmed widths
+    "inr-orbit/*augmented_0_*": 2,
+    "mnist-mlp/*.safetensors": 1,
+    "mtcnn/*onet.pt": 5,
+    "nino/*.pt": 4,
+    "npz/*.npz": 2,
+    "otfusion-mnist/*.zip": 3,
+    "resnet-cifar/*resnet20*": 14,  # nine inner widths, one trunk that grows by two padded margins twice
+    "rl-agents/a2c__AntBullet*": 4,
+    "silero/*.safetensors": 6,  # frequency bins, four convolutions, the LSTM's state
+    "textgenrnn/textgenrnn*": 9,  # the second LSTM; eight swaps of input and recurrent biases
+    "vnncomp/*.pth": 3,
+    "zoo-cnn/*.npy": 3,
+}
+
+
+@needs_corpus
+@pytest.mark.parametrize("pattern", FREE)
+def test_wiring_is_proved_with_all_known_symmetries(pattern: str) -> None:
+    checkpoint = checkpoints(next(CHECKPOINTS.glob(pattern)))[0]
+    family, skeleton = next(iter(recognise(signature(checkpoint)).items()))
+    wiring = ws.wiring(program(skeleton, dict(checkpoint.items()), family))
+    assert wiring.status == "proved"
+    assert len(wiring.free) == FREE[pattern]
 
 
 @needs_corpus
 @pytest.mark.parametrize("family", ONE_EACH)
 def test_mutilated_signatures_are_never_recognised(family: str) -> None:
     """A missing, an additional or a misshapen tensor: no family fits exactly, and none raises."""
-    whole = signature(ws.open(ONE_EACH[family]))
+    whole = signature(checkpoints(ONE_EACH[family])[0])
     used = recognise(whole)[family]
     rng = random.Random(0)
     names = [name for name in whole.shapes if name not in used.unused]
