@@ -133,6 +133,42 @@ FIXED: dict[str, Any] = {
 }
 
 
+# Settings that a model needs and some configurations leave None.
+OPEN: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "prediction_length": 4,
+    "mask_token_id": 4,
+}
+UNTOUCHED = {
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "stage_names",
+    "id2label",
+    "label2id",
+}
+DERIVED = {"out_features", "out_indices", "layer_types", "layers_block_type", "mlp_layer_types", "num_labels"}
+
+
+def has(config: Any, name: str) -> bool:
+    """Whether a setting can be read; some raise where they differ from layer to layer."""
+    try:
+        return hasattr(config, name)
+    except Exception:
+        return False
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality that takes tuples and lists for the same."""
+    listed = (list(v) if isinstance(v, tuple) else v for v in (a, b))
+    return bool(next(listed) == next(listed))
+
+
 class Shrinker:
     """Makes a small copy of a configuration, equal sizes staying equal and special tokens distinct."""
 
@@ -144,22 +180,59 @@ class Shrinker:
         """The small copy; sub-configurations are shrunk alike."""
         from transformers import PreTrainedConfig
 
+        usual = type(config)()
         changed: dict[str, Any] = {}
-        names = [name for name in config.to_dict() if hasattr(config, name)]
+        names = [name for name in config.to_dict() if name not in UNTOUCHED and has(config, name)]
         layers = next((getattr(config, n) for n in ("num_hidden_layers", "num_layers") if n in names), None)
         kinds = self.kinds(config)
         for name in names:
             value = getattr(config, name)
             if isinstance(value, PreTrainedConfig):
-                changed[name] = self(value)
-            elif name in ("model_type", "transformers_version") or isinstance(value, bool | str):
-                if name in FIXED:
-                    changed[name] = FIXED[name]
-            else:
-                small = self.value(name, value, layers, kinds)
-                if small is not value:
-                    changed[name] = small
+                changed[name] = self.backbone(value) if "timm" in value.model_type else self(value)
+                continue
+            small = self.value(name, value, layers, kinds)
+            default = getattr(usual, name) if has(usual, name) else None
+            if not same(small, value) or (not same(value, default) and name not in DERIVED):
+                changed[name] = small
+        self.stages(config, kinds, changed)
+        self.fill(config, changed)
         return type(config)(**changed)
+
+    def backbone(self, config: Any) -> Any:
+        """A ResNet in place of a backbone that only the timm library knows."""
+        from transformers import ResNetConfig
+
+        wanted = len(getattr(config, "out_indices", None) or [4])
+        features = ["stage1", "stage2", "stage3", "stage4"][-wanted:]
+        widths = [self.width(w) for w in (256, 512, 1024, 2048)]
+        return ResNetConfig(
+            depths=[1, 1, 1, 1], hidden_sizes=widths, embedding_size=16, out_features=features
+        )
+
+    def stages(self, config: Any, kinds: list[int], changed: dict[str, Any]) -> None:
+        """Has a backbone hand out its last stages, as many as before."""
+        names = getattr(config, "out_features", None)
+        layers = next((n for n in ("num_hidden_layers", "num_layers") if has(config, n)), None)
+        if not names or layers is None or f"stage{len(kinds)}" in names or self.scale.keep_lists:
+            return
+        depth = max(len(kinds), len(names))
+        if any(not re.fullmatch(r"stage\d+", name) for name in names) or depth > getattr(config, layers):
+            return
+        if layers in changed:
+            changed[layers] = depth
+            changed["out_features"] = [f"stage{depth - len(names) + 1 + i}" for i in range(len(names))]
+
+    def fill(self, config: Any, changed: dict[str, Any]) -> None:
+        """Sizes that a configuration leaves open."""
+        for name, value in OPEN.items():
+            if has(config, name) and getattr(config, name) is None:
+                changed[name] = value
+        for name in ("num_key_value_heads", "head_dim"):
+            if has(config, name) and getattr(config, name) is None and has(config, "num_attention_heads"):
+                heads = changed.get("num_attention_heads", config.num_attention_heads)
+                width = changed.get("hidden_size", getattr(config, "hidden_size", None))
+                if isinstance(heads, int) and isinstance(width, int):
+                    changed[name] = heads if name == "num_key_value_heads" else width // heads
 
     def kinds(self, config: Any) -> list[int]:
         """The layers to keep, so that each kind in a list of layer types is kept once."""
@@ -176,6 +249,8 @@ class Shrinker:
     def value(self, name: str, value: Any, layers: int | None, kinds: list[int]) -> Any:
         if name in FIXED:
             return FIXED[name] if value is not None else value
+        if isinstance(value, bool | str):
+            return value
         if isinstance(value, dict):
             return self.rope(value) if name.startswith("rope") or name == "rope_parameters" else value
         if TOKENS.search(name) and isinstance(value, int | list):
@@ -190,7 +265,7 @@ class Shrinker:
             return min(value, 4)
         if PER_TOKEN.match(name):
             return min(value, 2)
-        if LAYERS.match(name):
+        if LAYERS.match(name) and "feat_extract" not in name and "adapter" not in name:
             return min(value, len(kinds))
         if name.endswith("image_size") or name in ("input_size", "img_size", "image_resolution"):
             return min(value, self.scale.image)
@@ -321,7 +396,7 @@ def brief(error: BaseException) -> str:
 
 def settle(module: nn.Module, scale: Scale) -> tuple[dict[str, Any] | None, str]:
     """Inputs on which the module runs, or None and what the last attempt said."""
-    reason = "no inputs to try"
+    reasons: list[str] = []
     for make in attempts(module, scale):
         kwargs = make
         for _ in range(4):  # an error may name the count of tokens, or the input, that it wants
@@ -330,12 +405,12 @@ def settle(module: nn.Module, scale: Scale) -> tuple[dict[str, Any] | None, str]
                     module(**kwargs)
                 return kwargs, ""
             except Exception as error:
-                reason = f"{brief(error)} (inputs {', '.join(kwargs)})"
+                reasons.append(f"{brief(error)} (inputs {', '.join(kwargs)})")
                 better = mend(module, kwargs, str(error), scale)
                 if better is None:
                     break
                 kwargs = better
-    return None, reason
+    return None, " / ".join(dict.fromkeys([reasons[0], reasons[-1]])) if reasons else "no inputs to try"
 
 
 def parts(config: Any) -> Iterator[Any]:
@@ -343,7 +418,7 @@ def parts(config: Any) -> Iterator[Any]:
     from transformers import PreTrainedConfig
 
     yield config
-    for value in vars(config).values():
+    for value in list(vars(config).values()):
         if isinstance(value, PreTrainedConfig):
             yield from parts(value)
 
@@ -352,7 +427,7 @@ def lookup(config: Any, *names: str, default: Any = None) -> Any:
     """The first of these settings that the configuration, or one inside it, has."""
     for name in names:
         for part in parts(config):
-            value = getattr(part, name, None)
+            value = getattr(part, name, None) if has(part, name) else None
             if value is not None and not isinstance(value, bool):
                 return value
     return default
@@ -397,12 +472,56 @@ def draw(name: str, config: Any, scale: Scale) -> Any:
         case "bbox":
             corner = torch.randint(0, 50, (2, 8, 2))
             return torch.cat([corner, corner + 10], -1)
-        case "past_values":
-            length = int(lookup(config, "context_length", default=32))
-            inputs = int(lookup(config, "num_input_channels", "input_size", default=1))
-            return torch.randn(2, length, inputs)
+        case (
+            "past_values"
+            | "past_observed_mask"
+            | "past_time_features"
+            | "future_values"
+            | "future_time_features"
+        ):
+            return series(name, config)
+        case "flattened_patches":
+            return torch.cat(
+                [torch.ones(2, 8, 2), torch.randn(2, 8, lookup(config, "patch_embed_hidden_size"))], -1
+            )
+        case "grid_thw" | "image_grid_thw":
+            return torch.tensor([[1, 4, 4], [1, 4, 4]])
+        case "input_features_mask":
+            return torch.ones(
+                2, 2 * int(lookup(config, "max_source_positions", default=64)), dtype=torch.long
+            )
+        case "qformer_input_ids":
+            return words
+        case "query_embeds":
+            return torch.randn(2, 4, int(lookup(config, "hidden_size", default=32)))
+        case "prompt_pixel_values":
+            return torch.randn(2, channels, *size)
+        case "prompt_masks":
+            return torch.randn(2, channels, *size)
         case _:
             return None
+
+
+def series(name: str, config: Any) -> Tensor:
+    """A time series and its companions, as the probabilistic forecasters want them."""
+    lags = max(lookup(config, "lags_sequence", default=[0]) or [0])
+    past = int(lookup(config, "context_length", default=32) or 32) + lags
+    future = int(lookup(config, "prediction_length", default=4) or 4)
+    channels = lookup(config, "num_input_channels", "input_size", default=1)
+    length = future if name.startswith("future") else past
+    if name.endswith("time_features"):
+        return torch.randn(2, length, int(lookup(config, "num_time_features", default=0)))
+    shape = (2, length) if channels == 1 else (2, length, int(channels))
+    return torch.ones(shape) if name.endswith("mask") else torch.randn(shape)
+
+
+def patches(config: Any) -> Tensor:
+    """Two images of 4 × 4 patches, flattened to a row a patch."""
+    vision = next((part for part in parts(config) if has(part, "spatial_merge_size")), config)
+    side, _ = square(lookup(vision, "patch_size"), 14)
+    channels = int(lookup(vision, "in_channels", "in_chans", "num_channels", default=3))
+    frames = int(lookup(vision, "temporal_patch_size", default=1))
+    return torch.randn(32, channels * frames * side * side)
 
 
 def attempts(module: Any, scale: Scale) -> Iterator[dict[str, Any]]:
@@ -423,6 +542,19 @@ def attempts(module: Any, scale: Scale) -> Iterator[dict[str, Any]]:
         values = {name: draw(name, config, scale) for name in dict.fromkeys(names)}
         return {name: value for name, value in values.items() if value is not None}
 
+    for grid, pixels in (("image_grid_thw", "pixel_values"), ("grid_thw", wanted[0] if wanted else "")):
+        if grid in signature and pixels in signature:
+            merge = int(lookup(config, "spatial_merge_size", default=2))
+            inputs = {pixels: patches(config), grid: draw(grid, config, scale)}
+            if "input_ids" in signature:
+                token = int(lookup(config, "image_token_id", "image_token_index", default=0))
+                start = int(lookup(config, "vision_start_token_id", default=1))
+                row = torch.tensor([start] + [token] * (16 // merge**2))
+                ids = torch.cat([row.expand(2, -1), draw("input_ids", config, scale)], 1)
+                inputs["input_ids"] = ids
+                if "mm_token_type_ids" in signature:
+                    inputs["mm_token_type_ids"] = (ids == token).to(torch.int)
+            yield inputs
     yield given(wanted)
     both = [name for name in ("input_ids", "pixel_values", "bbox", "decoder_input_ids") if name in signature]
     yield given([*wanted, *both])
