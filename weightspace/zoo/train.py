@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -156,9 +157,9 @@ def _make(
         "relation": _relation(population),
         "task": _task(plan["data"], population.classes),
         "train_accuracy": train_accuracy,
-        "train_loss": train_loss,
+        "train_loss": train_loss if math.isfinite(train_loss) else None,
         "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
+        "test_loss": test_loss if math.isfinite(test_loss) else None,
         "diverged": diverged,
         "seconds": round(time.perf_counter() - started, 3),
         "plan": plan,
