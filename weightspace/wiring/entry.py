@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from weightspace.errors import WiringError
+from weightspace.wiring.axis import Factor, Segment
 from weightspace.wiring.program import Program
-from weightspace.wiring.wiring import Wiring
+from weightspace.wiring.wiring import DimGroup, Wiring
+
+if TYPE_CHECKING:
+    from weightspace.checkpoint import Checkpoint
 
 
 def wiring(x: Any, *args: Any, prove: bool = True, seed: int = 0, **kwargs: Any) -> Wiring:
     """Find the wiring of a network and prove it by running.
 
-    ``x`` is an ``nn.Module`` (followed by example inputs, or none where shapes tell), a ``Program``, a
-    ``Checkpoint``, a path or URL of a checkpoint, or a transformers config.
-    A wiring that cannot be run is returned with ``status="unverified"``; see ``Wiring.status``.
+    ``x`` is one of:
 
-    Raises ``WiringError`` where nothing can be wired.
+    - an ``nn.Module``, followed by example inputs as for its ``forward`` (or none, where shapes tell);
+    - a path, URL or ``Checkpoint``: ONNX by its own graph, Keras by its own config, a Hugging Face folder by
+      its config, a bare state dict through the catalogue in ``graphs/``, and failing all a chain inferred
+      from order and shapes;
+    - a transformers config;
+    - a ``Program``.
+
+    ``status`` of the result says what is known: ``proved``, ``unverified`` (a guess from names and shapes, or
+    ``prove=False``), or ``failed``. Axes that did not keep the function in the proof are pinned and named.
+
+    Raises ``WiringError`` where nothing can be wired, with what was tried.
     """
     if isinstance(x, Program):
         return from_program(x, prove=prove, seed=seed)
@@ -26,7 +41,22 @@ def wiring(x: Any, *args: Any, prove: bool = True, seed: int = 0, **kwargs: Any)
         from weightspace.wiring.module import program_from_module
 
         return from_program(program_from_module(x, args, kwargs), prove=prove, seed=seed)
-    raise WiringError(f"cannot wire a {type(x).__name__}")
+    if isinstance(x, str | os.PathLike):
+        from weightspace.checkpoint import open as open_checkpoint
+
+        return from_checkpoint(open_checkpoint(x), prove=prove, seed=seed)
+    if _is_config(x):
+        from weightspace.wiring.transformers import wiring_from_config
+
+        return wiring_from_config(x, prove=prove, seed=seed)
+    if isinstance(x, Mapping):
+        from weightspace.checkpoint import Checkpoint, from_tensors
+
+        return from_checkpoint(x if isinstance(x, Checkpoint) else from_tensors(x), prove=prove, seed=seed)
+    raise WiringError(
+        f"cannot wire a {type(x).__name__}; expected an nn.Module with example inputs, a path, a Checkpoint, "
+        "a transformers config, or a Program"
+    )
 
 
 def from_program(program: Program, *, prove: bool = True, seed: int = 0) -> Wiring:
@@ -37,3 +67,81 @@ def from_program(program: Program, *, prove: bool = True, seed: int = 0) -> Wiri
 
     found = resolve(trace(program), program)
     return run_proof(found, seed) if prove else found
+
+
+def from_checkpoint(checkpoint: Checkpoint, *, prove: bool = True, seed: int = 0) -> Wiring:
+    """The wiring of an opened file; every tensor of the file is in it."""
+    tried: list[str] = []
+    source = Path(checkpoint.path) if checkpoint.path is not None else None
+    if checkpoint.format == "onnx":
+        from weightspace.wiring.onnx import program_from_onnx
+
+        return covering(from_program(program_from_onnx(checkpoint), prove=prove, seed=seed), checkpoint)
+    if checkpoint.format.startswith("keras") and checkpoint.metadata.get("model_config"):
+        from weightspace.wiring.keras import program_from_keras
+
+        return covering(from_program(program_from_keras(checkpoint), prove=prove, seed=seed), checkpoint)
+    config = checkpoint.config
+    if isinstance(config, Mapping) and config.get("model_type"):
+        from weightspace.wiring.transformers import wiring_from_checkpoint
+
+        try:
+            return covering(wiring_from_checkpoint(checkpoint, prove=prove, seed=seed), checkpoint)
+        except WiringError as error:
+            tried.append(str(error))
+    from weightspace.wiring.catalogue import program_from_skeleton, recognise, signature_of
+
+    recognition = recognise(signature_of(checkpoint))
+    tried += recognition.declined
+    if recognition.family is not None and recognition.skeleton is not None:
+        skeleton = recognition.skeleton
+        program = program_from_skeleton(recognition.family.name, skeleton, checkpoint)
+        found = covering(from_program(program, prove=prove, seed=seed), checkpoint)
+        if skeleton.guess and found.status == "proved":
+            found = found.with_(status="unverified", notes=(*found.notes, f"a guess: {skeleton.guess}"))
+        return found
+    from weightspace.wiring.chain import wiring_from_order
+
+    guess = wiring_from_order(checkpoint)
+    if guess is not None:
+        return covering(guess.with_(notes=(*guess.notes, *tried)), checkpoint)
+    known = f" Tried: {'; '.join(tried)}." if tried else ""
+    where = f" ({source.name})" if source else ""
+    raise WiringError(
+        f"no family of the catalogue accounts for these {len(checkpoint)} tensors{where}, and they do not line up as a "
+        f"chain.{known} Pass the module with example inputs, ws.wiring(module, x), or add a family to graphs/"
+    )
+
+
+def covering(found: Wiring, checkpoint: Checkpoint) -> Wiring:
+    """Tensors of the file that take no part in the function join the wiring, pinned."""
+    extra = [n for n in checkpoint if n not in found]
+    if not extra:
+        return found
+    layouts, shapes, factors = dict(found.layouts), dict(found.shapes), dict(found.factors)
+    for name in extra:
+        shape = tuple(checkpoint.shape(name))
+        groups = []
+        for d, n in enumerate(shape):
+            factor = Factor(f"{name}.{d}" if len(shape) > 1 else name, n, True, (), "takes no part in the function")
+            unique, k = factor.name, 2
+            while unique in factors:
+                unique, k = f"{factor.name}~{k}", k + 1
+            if n == 1:
+                groups.append(DimGroup((d,), ((Segment(0, (), (), ()),),)))
+                continue
+            factors[unique] = Factor(unique, n, True, (), factor.reason)
+            groups.append(DimGroup((d,), ((Segment(0, (unique,), (1,), (n,)),),)))
+        layouts[name] = tuple(groups)
+        shapes[name] = shape
+    order = {n: layouts[n] for n in [*checkpoint, *(n for n in layouts if n not in checkpoint)]}
+    untouched = tuple(dict.fromkeys((*found.untouched, *extra)))
+    return found.with_(layouts=order, shapes=shapes, factors=factors, untouched=untouched)
+
+
+def _is_config(x: Any) -> bool:
+    return any(c.__name__ in ("PreTrainedConfig", "PretrainedConfig") for c in type(x).__mro__)
+
+
+
+__all__ = ["covering", "from_checkpoint", "from_program", "wiring"]

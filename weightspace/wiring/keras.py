@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +18,22 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import WiringError
+from weightspace.wiring import keras_merge, keras_sequence  # noqa: F401  (they fill the table)
+from weightspace.wiring.keras_config import (
+    MODELS,
+    Layer,
+    Model,
+    Reference,
+    all_layers,
+    read_model,
+    references_in,
+)
 from weightspace.wiring.keras_layers import LAYERS, Call, roles_of
 from weightspace.wiring.program import Program
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
 
-MODELS = frozenset({"Sequential", "Functional", "Model"})
-MAX_CALLS = 100_000  # of layers, in one model
-MAX_DEPTH = 16  # models inside models
 
 _FREE_SIZES = (4, 8, 16, 32, 64, 96, 128, 224, 512, 1024)
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -36,45 +42,6 @@ _OTHER_NAMES = {
     "moving_mean": ("moving_mean", "running_mean"), "moving_variance": ("moving_variance", "running_std"),
     "embeddings": ("embeddings", "W"), "alpha": ("alpha", "alphas"),
 }  # fmt: skip
-
-Reference = tuple[str, int, int]  # the tensor: layer, which of its calls, which of its outputs
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of the configuration; ``inner`` is its model if it is one, or the layers it wraps.
-
-    ``names`` are the layer names from the outermost model inwards, ``place`` the path that the Keras 3
-    format (``.keras``) gives it.
-    """
-
-    name: str
-    kind: str
-    config: Mapping[str, Any]
-    names: tuple[str, ...]
-    place: str
-    inner: Model | None = None
-    wrapped: Mapping[str, Layer] = ()  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of a layer: positional and keyword arguments hold references or constants."""
-
-    layer: Layer
-    index: int
-    args: Any
-    kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Model:
-    """Calls in an order in which each finds its arguments, with the model's inputs and outputs."""
-
-    steps: tuple[Step, ...]
-    inputs: tuple[Reference, ...]
-    outputs: tuple[Reference, ...]
-    layers: Mapping[str, Layer]
 
 
 def program_from_keras(
@@ -128,7 +95,9 @@ def program_from_keras_config(
     """
     kind = str(config.get("class_name"))
     if kind not in MODELS:
-        raise WiringError(f"Keras model of class {kind!r}: expected Sequential or Functional (a subclass is code)")
+        raise WiringError(
+            f"Keras model of class {kind!r}: expected Sequential or Functional (a subclass is code)"
+        )
     model = read_model(kind, config.get("config"), (), "", 0)
     major = int(keras_version.split(".")[0]) if keras_version[:1].isdigit() else 2
     weights = _bind(model, tensors)
@@ -145,201 +114,9 @@ def program_from_keras_config(
 
     args = tuple(inputs) if inputs is not None else _example_inputs(model, lambda *a: run(held, *a))
     notes = [f"keras {keras_version}"] if keras_version else []
-    if any(layer.config.get("mask_zero") or layer.kind == "Masking" for layer in _all_layers(model)):
+    if any(layer.config.get("mask_zero") or layer.kind == "Masking" for layer in all_layers(model)):
         notes.append("masks are not modelled: example inputs hold no masked step")
     return Program(held, run, args, origin="keras", notes=tuple(notes))
-
-
-# ---- reading the configuration ---------------------------------------------------------------------
-
-
-def read_model(kind: str, config: Any, names: tuple[str, ...], place: str, depth: int) -> Model:
-    """A Sequential or Functional configuration as calls in order."""
-    if depth > MAX_DEPTH:
-        raise WiringError(f"the Keras model nests models deeper than {MAX_DEPTH}: refused")
-    listed = config.get("layers") if isinstance(config, Mapping) else config
-    if not isinstance(listed, Sequence) or not listed or not all(isinstance(item, Mapping) for item in listed):
-        raise WiringError("the Keras configuration has no list of layers")
-    counts: dict[str, int] = {}
-    layers: dict[str, Layer] = {}
-    for item in listed:
-        layer = _read_layer(item, names, place, counts, depth)
-        if layer.name in layers:
-            raise WiringError(f"two Keras layers are called {layer.name!r}: names must differ")
-        layers[layer.name] = layer
-    if kind == "Sequential" or not any("inbound_nodes" in item for item in listed):
-        return _sequential(layers)
-    inbound = {str(i["name"]): list(i.get("inbound_nodes") or []) for i in listed}
-    return _functional(config, layers, inbound)
-
-
-def _read_layer(
-    item: Mapping[str, Any], names: tuple[str, ...], place: str, counts: dict[str, int], depth: int
-) -> Layer:
-    kind, config = str(item.get("class_name")), item.get("config")
-    settings: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
-    name = str(item.get("name") or settings.get("name") or kind.lower())
-    is_operation = str(item.get("module") or "").startswith(("keras.src.ops", "keras.ops"))
-    key = "ops." + kind if is_operation else kind
-    if kind == "Lambda":
-        raise WiringError(f"Keras layer {name!r} is a Lambda: it holds code, which is never executed")
-    if kind not in MODELS and key not in LAYERS:
-        raise WiringError(
-            f"Keras layer {name!r} of class {kind!r} has no interpretation: add one to "
-            "weightspace/wiring/keras_layers.py"
-        )
-    here = place
-    if not is_operation:
-        snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", kind)))
-        snake = snake.lower()
-        count = counts.get(snake, 0)
-        counts[snake] = count + 1
-        here = f"{place}layers/{snake}{f'_{count}' if count else ''}/"
-    path = (*names, name)
-    if kind in MODELS:
-        return Layer(name, kind, settings, path, here, read_model(kind, config, path, here, depth + 1), {})
-    wrapped: dict[str, Layer] = {}
-    if kind in ("Bidirectional", "TimeDistributed") or (kind == "RNN" and "cell" in settings):
-        wrapped = _read_wrapped(kind, settings, path, here, depth)
-    return Layer(name, key, settings, path, here, None, wrapped)
-
-
-def _read_wrapped(
-    kind: str, settings: Mapping[str, Any], path: tuple[str, ...], place: str, depth: int
-) -> dict[str, Layer]:
-    def inside(item: Mapping[str, Any], at: str, prefix: str = "") -> Layer:
-        layer = _read_layer(item, (*path, prefix), place, {}, depth + 1)
-        inner = layer.inner
-        if inner is not None:  # a model inside TimeDistributed: its layers lie below `layer/`
-            inner = read_model(layer.kind, item.get("config"), layer.names, at, depth + 1)
-        return Layer(layer.name, layer.kind, layer.config, layer.names, at, inner, layer.wrapped)
-
-    if kind == "RNN":
-        return {"cell": inside(settings["cell"], place + "cell/")}
-    if kind == "TimeDistributed":
-        return {"layer": inside(settings["layer"], place + "layer/")}
-    backward = settings.get("backward_layer") or settings["layer"]
-    return {
-        "forward": inside(settings["layer"], place + "forward_layer/", "forward"),
-        "backward": inside(backward, place + "backward_layer/", "backward"),
-    }
-
-
-def _sequential(layers: Mapping[str, Layer]) -> Model:
-    steps: list[Step] = []
-    previous: Reference | None = None
-    for layer in layers.values():
-        if layer.kind == "InputLayer":
-            previous = (layer.name, 0, 0)
-            continue
-        if previous is None:
-            previous = ("", 0, 0)  # the input of a model that starts with a computing layer
-        steps.append(Step(layer, 0, [previous], {}))
-        previous = (layer.name, 0, 0)
-    first = next(iter(layers.values()))
-    start = (first.name, 0, 0) if first.kind == "InputLayer" else ("", 0, 0)
-    if previous is None:
-        raise WiringError("the Keras model has no layer that computes")
-    return Model(tuple(steps), (start,), (previous,), layers)
-
-
-def _functional(config: Mapping[str, Any], layers: Mapping[str, Layer], inbound: Mapping[str, list[Any]]) -> Model:
-    shift = {  # some writers count the creation of an inner model as its first call
-        name: 1
-        for name, layer in layers.items()
-        if layer.inner is not None and _highest(inbound, config, name) >= len(inbound[name]) > 0
-    }
-    pending: list[Step] = []
-    for name, layer in layers.items():
-        for index, node in enumerate(inbound[name]):
-            if isinstance(node, Mapping):
-                args, kwargs = _references(node.get("args", []), shift), _references(node.get("kwargs", {}), shift)
-            else:
-                args, kwargs = _legacy_node(node, shift)
-            pending.append(Step(layer, index, args, kwargs))
-    if len(pending) > MAX_CALLS:
-        raise WiringError(f"the Keras model makes {len(pending):,} calls of layers: at most {MAX_CALLS:,} are run")
-    ready = {(name, 0) for name, nodes in inbound.items() if not nodes}
-    steps: list[Step] = []
-    while pending:
-        waiting = []
-        for step in pending:
-            if all(r[:2] in ready for r in _found((step.args, step.kwargs))):
-                ready.add((step.layer.name, step.index))
-                steps.append(step)
-            else:
-                waiting.append(step)
-        if len(waiting) == len(pending):
-            names = ", ".join(sorted({s.layer.name for s in waiting})[:5])
-            raise WiringError(f"the Keras layers {names} wait for tensors that no layer makes")
-        pending = waiting
-    inputs = _found(_references(config.get("input_layers", []), shift))
-    outputs = _found(_references(config.get("output_layers", []), shift))
-    if not inputs or not outputs:
-        raise WiringError("the Keras configuration names no input_layers or no output_layers")
-    return Model(tuple(steps), tuple(inputs), tuple(outputs), layers)
-
-
-def _is_reference(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) in (3, 4)
-        and isinstance(value[0], str)
-        and all(isinstance(v, int) and not isinstance(v, bool) for v in value[1:3])
-        and (len(value) == 3 or isinstance(value[3], Mapping))
-    )
-
-
-def _references(value: Any, shift: Mapping[str, int]) -> Any:
-    """A configured argument with every tensor in it as a reference."""
-    if isinstance(value, Mapping):
-        if value.get("class_name") == "__keras_tensor__":
-            return _references(value["config"]["keras_history"], shift)
-        return {k: _references(v, shift) for k, v in value.items()}
-    if _is_reference(value):
-        return (value[0], int(value[1]) - shift.get(value[0], 0), int(value[2]))
-    if isinstance(value, (list, tuple)):
-        return [_references(v, shift) for v in value]
-    return value
-
-
-def _legacy_node(node: Any, shift: Mapping[str, int]) -> tuple[list[Any], dict[str, Any]]:
-    """Keras 1 and 2: a list of [layer, call, output, keyword arguments]."""
-    entries = [node] if _is_reference(node) else list(node)
-    if not all(_is_reference(e) for e in entries):
-        raise WiringError(f"Keras inbound node {str(node)[:120]} is not a list of tensors: not supported")
-    kwargs: dict[str, Any] = {}
-    for entry in entries:
-        if len(entry) == 4:
-            kwargs |= _references(entry[3], shift)
-    tensors = [_references(entry[:3], shift) for entry in entries]
-    return [tensors if len(tensors) > 1 else tensors[0]], kwargs
-
-
-def _found(value: Any) -> list[Reference]:
-    if isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], str):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [r for v in value for r in _found(v)] if isinstance(value, (list, tuple)) else []
-
-
-def _highest(inbound: Mapping[str, list[Any]], config: Mapping[str, Any], name: str) -> int:
-    used = _found(_references([list(inbound.values()), config.get("output_layers", [])], {}))
-    return max((r[1] for r in used if r[0] == name), default=-1)
-
-
-def _all_layers(model: Model) -> Iterator[Layer]:
-    for layer in model.layers.values():
-        yield from _with_wrapped(layer)
-
-
-def _with_wrapped(layer: Layer) -> Iterator[Layer]:
-    yield layer
-    if layer.inner is not None:
-        yield from _all_layers(layer.inner)
-    for wrapped in dict(layer.wrapped).values():
-        yield from _with_wrapped(wrapped)
 
 
 # ---- binding weights to names ----------------------------------------------------------------------
@@ -359,7 +136,7 @@ def _bind(model: Model, tensors: Mapping[str, Tensor]) -> dict[Weight, str]:
     for name in tensors:
         parts = tuple(name.removeprefix("model_weights/").split("/"))
         groups.setdefault(parts[0], []).append((name, parts[1:]))
-    for layer in _all_layers(model):
+    for layer in all_layers(model):
         for part, role, index in roles_of(layer.kind, layer.config):
             if by_place:
                 name = _by_place(layer, part, index, tensors)
@@ -370,11 +147,20 @@ def _bind(model: Model, tensors: Mapping[str, Tensor]) -> dict[Weight, str]:
                     f"Keras layer {'/'.join(n for n in layer.names if n)!r} ({layer.kind}) has no weight "
                     f"{part + '/' if part else ''}{role} among the {len(tensors)} tensors of the file"
                 )
+            if name in bound.values():
+                raise WiringError(
+                    f"tensor {name!r} fits two weights of the Keras model: its names are ambiguous"
+                )
             bound[_key(layer), f"{part}/{role}" if part else role] = name
     return bound
 
 
-_PARTS = {"query": "query_dense", "key": "key_dense", "value": "value_dense", "attention_output": "output_dense"}
+_PARTS = {
+    "query": "query_dense",
+    "key": "key_dense",
+    "value": "value_dense",
+    "attention_output": "output_dense",
+}
 
 
 def _by_place(layer: Layer, part: str, index: int, tensors: Mapping[str, Tensor]) -> str | None:
@@ -396,7 +182,10 @@ def _by_name(
     best: list[tuple[int, int, str]] = []
     for name, parts in groups.get(layer.names[0], []):
         last = (parts[-1] if parts else name).split(":")[0]
-        order = next((i for i, r in enumerate(roles) if last == r or last.endswith(f"_{r}") and r in ("W", "b")), None)
+        order = next(
+            (i for i, r in enumerate(roles) if last == r or (last.endswith(f"_{r}") and r in ("W", "b"))),
+            None,
+        )
         if order is None and (last.endswith("_" + role) and role in ("gamma", "beta", *roles)):
             order = len(roles)
         if order is None:
@@ -416,12 +205,16 @@ class _Context:
     major: int
 
 
-def _run_model(model: Model, tensors: Mapping[str, Tensor], args: Sequence[Tensor], context: _Context) -> list[Any]:
+def _run_model(
+    model: Model, tensors: Mapping[str, Tensor], args: Sequence[Tensor], context: _Context
+) -> list[Any]:
     if len(args) != len(model.inputs):
         raise WiringError(f"the Keras model takes {len(model.inputs)} inputs: {len(args)} were given")
     values: dict[Reference, Any] = dict(zip(model.inputs, args, strict=True))
     for step in model.steps:
-        results = _run_layer(step.layer, tensors, _filled(step.args, values), _filled(step.kwargs, values), context)
+        results = _run_layer(
+            step.layer, tensors, _filled(step.args, values), _filled(step.kwargs, values), context
+        )
         for i, result in enumerate(results if isinstance(results, (list, tuple)) else [results]):
             values[step.layer.name, step.index, i] = result
     missing = [r for r in model.outputs if r not in values]
@@ -433,7 +226,9 @@ def _run_model(model: Model, tensors: Mapping[str, Tensor], args: Sequence[Tenso
 def _filled(value: Any, values: Mapping[Reference, Any]) -> Any:
     if isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], str):
         if value not in values:
-            raise WiringError(f"the Keras model uses output {value[2]} of layer {value[0]!r}, which was not made")
+            raise WiringError(
+                f"the Keras model uses output {value[2]} of layer {value[0]!r}, which was not made"
+            )
         return values[value]
     if isinstance(value, Mapping):
         return {k: _filled(v, values) for k, v in value.items()}
@@ -441,7 +236,11 @@ def _filled(value: Any, values: Mapping[Reference, Any]) -> Any:
 
 
 def _run_layer(
-    layer: Layer, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], context: _Context
+    layer: Layer,
+    tensors: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: _Context,
 ) -> Any:
     if layer.inner is not None:
         inputs = args[0] if args and isinstance(args[0], list) else args
@@ -453,9 +252,12 @@ def _run_layer(
         return None if name is None else tensors[name]
 
     def inside(part: str, *inputs: Any, **named: Any) -> Any:
-        return _run_layer(dict(layer.wrapped)[part], tensors, inputs, named, context)
+        return _run_layer(layer.wrapped[part], tensors, inputs, named, context)
 
-    wrapped = {k: (v.kind, v.config) for k, v in dict(layer.wrapped).items()}
+    wrapped = {k: (v.kind, v.config) for k, v in layer.wrapped.items()}
+    kwargs = {
+        k: v for k, v in kwargs.items() if k not in ("mask", "training")
+    }  # nothing is masked: see notes
     call = Call(layer.name, layer.kind, layer.config, weight, inside, wrapped, context.major)
     try:
         return LAYERS[layer.kind](call, *args, **kwargs)
@@ -463,7 +265,9 @@ def _run_layer(
         raise
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
-        raise WiringError(f"Keras layer {layer.name!r} ({layer.kind}) could not run on {shapes}: {error}") from error
+        raise WiringError(
+            f"Keras layer {layer.name!r} ({layer.kind}) could not run on {shapes}: {error}"
+        ) from error
 
 
 # ---- example inputs --------------------------------------------------------------------------------
@@ -471,7 +275,7 @@ def _run_layer(
 
 def _example_inputs(model: Model, run: Any) -> tuple[Tensor, ...]:
     declared = [_declared(model, r) for r in model.inputs]
-    tokens = [layer for layer in _all_layers(model) if layer.kind == "Embedding"]
+    tokens = [layer for layer in all_layers(model) if layer.kind == "Embedding"]
     top = min((int(layer.config.get("input_dim", 2)) for layer in tokens), default=0)
     low = 1 if any(layer.config.get("mask_zero") for layer in tokens) and top > 1 else 0
     failure: Exception | None = None
@@ -501,14 +305,14 @@ def _example_inputs(model: Model, run: Any) -> tuple[Tensor, ...]:
 
 def _declared(model: Model, reference: Reference) -> tuple[list[int | None], bool]:
     """An input's shape beside its batch, and whether it holds whole numbers (tokens)."""
-    users = [s.layer for s in model.steps if reference in _found((s.args, s.kwargs))]
+    users = [s.layer for s in model.steps if reference in references_in((s.args, s.kwargs))]
     whole = any(_takes_tokens(layer) for layer in users)
     layer = model.layers.get(reference[0]) or next(iter(model.layers.values()))
     config = layer.config
     shape = config.get("batch_input_shape") or config.get("batch_shape")
     if shape is None and layer.inner is not None:
         return _declared(layer.inner, layer.inner.inputs[0])
-    if shape is None and (inner := dict(layer.wrapped)):
+    if shape is None and (inner := layer.wrapped):
         shape = next(iter(inner.values())).config.get("batch_input_shape")
     if shape is None and "input_dim" in config and layer.kind != "Embedding":
         shape = [None, config["input_dim"]]
@@ -524,5 +328,7 @@ def _takes_tokens(layer: Layer) -> bool:
         return True
     if layer.inner is not None and layer.inner.steps:
         start = layer.inner.inputs
-        return any(_takes_tokens(s.layer) for s in layer.inner.steps if set(start) & set(_found(s.args)))
-    return any(_takes_tokens(w) for w in dict(layer.wrapped).values())
+        return any(
+            _takes_tokens(s.layer) for s in layer.inner.steps if set(start) & set(references_in(s.args))
+        )
+    return any(_takes_tokens(w) for w in layer.wrapped.values())

@@ -2,7 +2,7 @@
 
 A function takes the call (configuration and weights) and the layer's inputs, and returns its output.
 Activations keep the layout of the file, channels last unless it says otherwise; so do the weights.
-Recurrent and attention layers are in ``keras_sequence.py``.
+Layers that merge are in ``keras_merge.py``, recurrent and attention layers in ``keras_sequence.py``.
 """
 
 from __future__ import annotations
@@ -223,12 +223,18 @@ def _pad(x: Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> Tens
 
 
 _CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-_CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
 _MAX: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVERAGE: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _padding(call: Call, x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Any:
+def _padding(
+    call: Call, x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> Any:
     """Padding per spatial axis; ``x`` is (batch, channels, ...)."""
     mode = call.get("padding", "border_mode", default="valid")
     shape = x.shape[2:]
@@ -273,7 +279,9 @@ def _conv(call: Call, x: Tensor) -> Tensor:
         kernel = kernel.squeeze(1)
     if call.kind.startswith("Convolution") and channels_first(call):
         raise call.refuse("Keras 1 with channels first")
-    y = _convolve(call, _to_first(call, x), _kernel_first(kernel), call.weight("bias"), call.get("groups", default=1))
+    y = _convolve(
+        call, _to_first(call, x), _kernel_first(kernel), call.weight("bias"), call.get("groups", default=1)
+    )
     return _back(call, y)
 
 
@@ -322,7 +330,9 @@ def _conv_transpose(call: Call, x: Tensor) -> Tensor:
 # ---- pooling, padding, resizing --------------------------------------------------------------------------
 
 
-@layer("MaxPooling1D", "MaxPooling2D", "MaxPooling3D", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D")
+@layer(
+    "MaxPooling1D", "MaxPooling2D", "MaxPooling3D", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D"
+)
 def _pool(call: Call, x: Tensor) -> Tensor:
     rank, x = int(call.kind[-2]), _to_first(call, x)
     kernel = sizes(call.get("pool_size", "pool_length", default=2), rank)
@@ -363,7 +373,10 @@ def _pad_or_crop(call: Call, x: Tensor) -> Tensor:
 @layer("UpSampling1D", "UpSampling2D", "UpSampling3D")
 def _up_sampling(call: Call, x: Tensor) -> Tensor:
     rank, x = int(call.kind[-2]), _to_first(call, x)
-    factors, mode = sizes(call.get("size", "length", default=2), rank), call.get("interpolation", default="nearest")
+    factors, mode = (
+        sizes(call.get("size", "length", default=2), rank),
+        call.get("interpolation", default="nearest"),
+    )
     if mode == "bilinear":
         target = [s * f for s, f in zip(x.shape[2:], factors, strict=True)]
         return _back(call, F.interpolate(x, target, mode="bilinear", align_corners=False))
@@ -398,62 +411,6 @@ def _repeat_vector(call: Call, x: Tensor) -> Tensor:
     return x.unsqueeze(1).expand(-1, int(call.config["n"]), -1)
 
 
-# ---- merging -----------------------------------------------------------------------------------------
-
-
-def _two(a: Any, b: Any) -> list[Any]:
-    return list(a) if b is None else [a, b]
-
-
-@layer("Add", "Multiply", "Maximum", "Minimum", "Average", "Subtract")
-@layer("ops.Add", "ops.Multiply", "ops.Maximum", "ops.Minimum", "ops.Subtract", "ops.Divide")
-def _merge(call: Call, a: Any, b: Any = None) -> Any:
-    items = _two(a, b)
-    total = items[0]
-    kind = call.kind.removeprefix("ops.")
-    for item in items[1:]:
-        if kind in ("Add", "Average"):
-            total = total + item
-        elif kind == "Multiply":
-            total = total * item
-        elif kind == "Subtract":
-            total = total - item
-        elif kind == "Divide":
-            total = total / item
-        else:
-            total, item = torch.as_tensor(total), torch.as_tensor(item)
-            total = torch.maximum(total, item) if kind == "Maximum" else torch.minimum(total, item)
-    return total / len(items) if kind == "Average" else total
-
-
-@layer("Concatenate", "ops.Concatenate")
-def _concatenate(call: Call, xs: Sequence[Tensor], **unused: Any) -> Tensor:
-    return torch.cat(list(xs), call.get("axis", "concat_axis", default=-1))
-
-
-@layer("Merge")
-def _keras_1_merge(call: Call, xs: Sequence[Tensor]) -> Any:
-    mode = call.get("mode", default="sum")
-    if mode == "concat":
-        return _concatenate(call, xs)
-    names = {"sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum"}
-    if mode not in names:
-        raise call.refuse(f"mode {mode!r}")
-    return _merge(Call(call.name, names[mode], {}, call.weight, call.inside, {}, call.major), list(xs))
-
-
-@layer("Dot")
-def _dot(call: Call, xs: Sequence[Tensor]) -> Tensor:
-    axes = call.config["axes"]
-    i, j = (axes, axes) if isinstance(axes, int) else axes
-    a, b = (x.movedim(d, -1) for x, d in zip(xs, (i, j), strict=True))
-    if call.config.get("normalize"):
-        a, b = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (a, b))
-    y = torch.einsum("bik,bjk->bij", a.flatten(1, -2) if a.ndim > 2 else a.unsqueeze(1), b.reshape(b.shape[0], -1, b.shape[-1]))
-    shape = [a.shape[0], *a.shape[1:-1], *b.shape[1:-1]]
-    return y.reshape(shape if len(shape) > 1 else [a.shape[0], 1])
-
-
 # ---- normalisation and embedding -----------------------------------------------------------------------
 
 
@@ -476,7 +433,9 @@ def _layer_norm(call: Call, x: Tensor) -> Tensor:
     axes = sorted(int(a) % x.ndim for a in (axis if isinstance(axis, (list, tuple)) else [axis]))
     if axes != list(range(axes[0], x.ndim)) or call.config.get("rms_scaling"):
         raise call.refuse(f"axis {axis} or rms_scaling")
-    return F.layer_norm(x, x.shape[axes[0] :], call.weight("gamma"), call.weight("beta"), call.get("epsilon", default=1e-3))
+    return F.layer_norm(
+        x, x.shape[axes[0] :], call.weight("gamma"), call.weight("beta"), call.get("epsilon", default=1e-3)
+    )
 
 
 @layer("GroupNormalization")
@@ -484,7 +443,11 @@ def _group_norm(call: Call, x: Tensor) -> Tensor:
     axis, groups = int(call.get("axis", default=-1)), int(call.get("groups", default=32))
     y = x.movedim(axis, 1)
     y = F.group_norm(
-        y, groups if groups > 0 else y.shape[1], call.weight("gamma"), call.weight("beta"), call.get("epsilon", default=1e-3)
+        y,
+        groups if groups > 0 else y.shape[1],
+        call.weight("gamma"),
+        call.weight("beta"),
+        call.get("epsilon", default=1e-3),
     )
     return y.movedim(1, axis)
 
@@ -493,7 +456,11 @@ def _group_norm(call: Call, x: Tensor) -> Tensor:
 def _rms_norm(call: Call, x: Tensor) -> Tensor:
     if call.get("axis", default=-1) not in (-1, [-1], x.ndim - 1):
         raise call.refuse("an axis other than the last")
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + call.get("epsilon", default=1e-6)) * call.need("scale")
+    return (
+        x
+        * torch.rsqrt((x * x).mean(-1, keepdim=True) + call.get("epsilon", default=1e-6))
+        * call.need("scale")
+    )
 
 
 @layer("UnitNormalization")
@@ -519,6 +486,3 @@ def _rescaling(call: Call, x: Tensor) -> Tensor:
 @layer("Embedding")
 def _embedding(call: Call, x: Tensor) -> Tensor:
     return F.embedding(x.long(), call.need("embeddings"))
-
-
-from weightspace.wiring import keras_sequence as _sequence  # noqa: E402, F401  (fills the table)

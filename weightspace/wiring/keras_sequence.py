@@ -80,7 +80,14 @@ def _unrolled(
 
 
 def _gru(
-    call: Call, x: Tensor, h: Tensor, recurrent: Tensor, bias: Tensor | None, inner: Any, outer: Any, after: bool
+    call: Call,
+    x: Tensor,
+    h: Tensor,
+    recurrent: Tensor,
+    bias: Tensor | None,
+    inner: Any,
+    outer: Any,
+    after: bool,
 ) -> Tensor:
     xz, xr, xh = x.chunk(3, -1)
     if after:
@@ -97,15 +104,12 @@ def _gru(
 
 @layer("Bidirectional")
 def _bidirectional(call: Call, x: Any, **unused: Any) -> Any:
-    forward, backward = call.inside("forward", x), call.inside("backward", x)
-    config = call.wrapped["forward"][1]
+    config, reverse = call.wrapped["forward"][1], call.wrapped["backward"][1]
     if config.get("return_state"):
         raise call.refuse("return_state")
-    if "backward_layer" not in call.config or not call.config["backward_layer"]:
-        # The same settings read in reverse: a wrapper's configuration may or may not say so already.
-        reverse = dict(call.wrapped["backward"][1])
-        if not reverse.get("go_backwards"):
-            backward = call.inside("backward", x.flip(1))
+    # Older files describe one layer for both directions, newer ones say of the second that it goes backwards.
+    said = bool(reverse.get("go_backwards")) != bool(config.get("go_backwards"))
+    forward, backward = call.inside("forward", x), call.inside("backward", x if said else x.flip(1))
     if config.get("return_sequences"):
         backward = backward.flip(1)
     mode = call.config.get("merge_mode", "concat")
@@ -139,7 +143,11 @@ def _multi_head_attention(
         query, value, *rest = query
         key = rest[0] if rest else None
     value = query if value is None else value
-    if query.ndim != 3 or settings.get("return_attention_scores") or call.config.get("attention_axes") not in (None, [1], 1):
+    if (
+        query.ndim != 3
+        or settings.get("return_attention_scores")
+        or call.config.get("attention_axes") not in (None, [1], 1)
+    ):
         raise call.refuse("attention over other axes than time, or returning scores")
     q = _projected(call, "query", query)
     k = _projected(call, "key", value if key is None else key)
@@ -165,7 +173,11 @@ def _projected(call: Call, part: str, x: Tensor) -> Tensor:
 
 @layer("Attention")
 def _attention(call: Call, xs: Sequence[Tensor], **settings: Any) -> Tensor:
-    if call.config.get("use_scale") or call.config.get("score_mode", "dot") != "dot" or settings.get("use_causal_mask"):
+    if (
+        call.config.get("use_scale")
+        or call.config.get("score_mode", "dot") != "dot"
+        or settings.get("use_causal_mask")
+    ):
         raise call.refuse("scaled, concatenated or causal scores")
     query, value = xs[0], xs[1]
     key = xs[2] if len(xs) > 2 else value

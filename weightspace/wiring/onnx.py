@@ -14,51 +14,25 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from weightspace.errors import CheckpointError, MissingExtraError, WiringError
+from weightspace.errors import WiringError
+from weightspace.wiring import onnx_layers, onnx_shapes  # noqa: F401  (they fill the table)
 from weightspace.wiring.onnx_ops import OPS, Node, State, floating, numbers
+from weightspace.wiring.onnx_read import Graph, Input, load_model, read_graph
 from weightspace.wiring.program import Program
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
 
-MAX_DEPTH = 16  # subgraphs inside subgraphs
 MAX_TRIPS = 4096  # iterations of one Loop or Scan
 
-# Inputs that set how an operation works rather than what the network learned: never weights.
-_SETTINGS = {
-    ("Clip", 1), ("Clip", 2), ("Pow", 1), ("Pad", 2), ("Dropout", 1), ("OneHot", 2), ("Upsample", 1),
-    ("Resize", 1), ("Resize", 2), ("Range", 0), ("Range", 1), ("Range", 2), ("Mod", 1),
-    ("QuantizeLinear", 1), ("DequantizeLinear", 1),
-}  # fmt: skip
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "Constant"})
 _FREE_SIZES = (8, 16, 32, 64, 128, 224, 256, 512, 576, 1024, 4096, 16000)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A graph or subgraph: nodes in order, constants of its own, and which of them are weights."""
-
-    nodes: tuple[Node, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    constants: Mapping[str, Tensor]
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Input:
-    """A declared input: element type and dimensions (a size, a symbol, or None where nothing is said)."""
-
-    name: str
-    dtype: torch.dtype
-    dims: tuple[int | str | None, ...]
 
 
 @dataclass
@@ -91,7 +65,7 @@ def program_from_onnx(
         CheckpointError: the file does not parse.
         MissingExtraError: the onnx package is not installed.
     """
-    model, stored = _load(source)
+    model, stored = load_model(source)
     graph, weights, declared = read_graph(model, stored)
     _refuse_unsupported(graph)
 
@@ -100,196 +74,15 @@ def program_from_onnx(
 
     args = _example_inputs(graph, weights, declared, dict(inputs or {}))
     used = evaluate(graph, weights, dict(zip(graph.inputs, args, strict=True)))[1]
-    notes = [f"opset {max((o.version for o in model.opset_import if o.domain in ('', 'ai.onnx')), default=1)}"]
+    notes = [
+        f"opset {max((o.version for o in model.opset_import if o.domain in ('', 'ai.onnx')), default=1)}"
+    ]
     if idle := [name for name in weights if name not in used]:
         notes.append(f"tensors that the example inputs do not reach: {', '.join(idle)}")
     tensors = {name: tensor for name, tensor in weights.items() if name in used}
     if not tensors:
         raise WiringError("the ONNX graph holds no float tensor that its outputs depend on: nothing to wire")
     return Program(tensors, run, args, origin="onnx", notes=tuple(notes))
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def _load(source: str | os.PathLike[str] | Checkpoint) -> tuple[Any, Mapping[str, Tensor]]:
-    """The parsed model without its external data, and the checkpoint that holds the tensors."""
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
-        raise MissingExtraError("onnx", "onnx", "reading an ONNX graph") from error
-    stored: Mapping[str, Tensor] = {}
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-    else:
-        stored = source
-        if source.path is None:
-            raise WiringError("the checkpoint has no file: an ONNX graph is read from its .onnx file")
-        path = Path(source.path)
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
-    except Exception as error:  # protobuf raises several unrelated types
-        raise CheckpointError(f"{path.name} does not parse as an ONNX model: {error}") from error
-    if not model.graph.node:
-        raise CheckpointError(f"{path.name} holds no ONNX graph: expected a model with nodes")
-    if not stored and _has_external(model.graph):
-        from weightspace.checkpoint import open as open_checkpoint
-
-        stored = open_checkpoint(path)
-    return model, stored
-
-
-def _has_external(graph: Any) -> bool:
-    import onnx
-
-    return any(onnx.external_data_helper.uses_external_data(t) for t in graph.initializer) or any(
-        _has_external(a.g) for n in graph.node for a in n.attribute if a.HasField("g")
-    )
-
-
-def read_graph(
-    model: Any, stored: Mapping[str, Tensor]
-) -> tuple[Graph, dict[str, Tensor], tuple[Input, ...]]:
-    """The main graph, its weights by name (those of subgraphs too), and its declared inputs."""
-    version = {("" if o.domain == "ai.onnx" else o.domain): int(o.version) for o in model.opset_import}
-    version.setdefault("", 1)
-    settings = _setting_names(model.graph)
-    weights: dict[str, Tensor] = {}
-    graph = _read_subgraph(model.graph, version, stored, weights, settings, 0)
-    held = {t.name for t in model.graph.initializer} | {t.values.name for t in model.graph.sparse_initializer}
-    declared = tuple(_read_input(i) for i in model.graph.input if i.name not in held)
-    return graph, weights, declared
-
-
-def _setting_names(graph: Any) -> set[str]:
-    """Names that are only ever used as settings of operations (limits of a clip, scales of a resize)."""
-    setting: set[str] = set()
-    learned: set[str] = set()
-
-    def visit(g: Any) -> None:
-        for node in g.node:
-            for position, name in enumerate(node.input):
-                (setting if (node.op_type, position) in _SETTINGS else learned).add(name)
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    visit(attribute.g)
-
-    visit(graph)
-    return setting - learned
-
-
-def _read_subgraph(
-    proto: Any,
-    version: Mapping[str, int],
-    stored: Mapping[str, Tensor],
-    weights: dict[str, Tensor],
-    settings: set[str],
-    depth: int,
-) -> Graph:
-    if depth > MAX_DEPTH:
-        raise WiringError(f"the ONNX graph nests subgraphs deeper than {MAX_DEPTH}: refused")
-    constants: dict[str, Tensor] = {}
-
-    def keep(name: str, tensor: Tensor, is_weight: bool) -> None:
-        if is_weight and name not in settings and name not in weights and tensor.dtype in floating:
-            weights[name] = tensor
-        else:
-            constants[name] = tensor
-
-    for initialiser in proto.initializer:
-        keep(initialiser.name, _read_tensor(initialiser, initialiser.name, stored), True)
-    if proto.sparse_initializer:
-        raise WiringError("the ONNX graph has sparse initialisers: only dense tensors are supported")
-    nodes = []
-    for n in proto.node:
-        domain = "" if n.domain == "ai.onnx" else n.domain
-        if n.op_type == "Constant" and not domain:
-            tensor = _read_constant(n, stored)
-            keep(n.output[0], tensor, tensor.ndim > 0)  # a scalar constant is part of a formula
-            continue
-        attributes: dict[str, Any] = {}
-        for a in n.attribute:
-            if a.HasField("g"):
-                attributes[a.name] = _read_subgraph(a.g, version, stored, weights, settings, depth + 1)
-            else:
-                attributes[a.name] = _read_attribute(a)
-        nodes.append(
-            Node(n.op_type, domain, n.name, tuple(n.input), tuple(n.output), attributes, version.get(domain, 1))
-        )
-    held = {t.name for t in proto.initializer}
-    return Graph(
-        tuple(nodes),
-        tuple(i.name for i in proto.input if i.name not in held),
-        tuple(o.name for o in proto.output),
-        constants,
-        proto.name,
-    )
-
-
-def _read_tensor(proto: Any, name: str, stored: Mapping[str, Tensor]) -> Tensor:
-    import onnx
-
-    if name in stored:
-        return stored[name].detach()
-    if onnx.external_data_helper.uses_external_data(proto):
-        raise WiringError(
-            f"tensor {name!r} lies in an external file: open the checkpoint with weightspace.open and pass that"
-        )
-    kind = proto.data_type
-    if kind in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
-        raise WiringError(f"tensor {name!r} of the ONNX graph has no numeric type")
-    array = onnx.numpy_helper.to_array(proto)
-    if kind == onnx.TensorProto.BFLOAT16:
-        return torch.from_numpy(array.astype("float32").copy()).to(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-def _read_constant(node: Any, stored: Mapping[str, Tensor]) -> Tensor:
-    value = node.attribute[0]
-    if value.name == "value":
-        return _read_tensor(value.t, node.output[0], stored)
-    if value.name in ("value_float", "value_floats"):
-        return torch.tensor(_read_attribute(value), dtype=torch.float32)
-    if value.name in ("value_int", "value_ints"):
-        return torch.tensor(_read_attribute(value), dtype=torch.int64)
-    raise WiringError(f"Constant node {node.name or node.output[0]!r} holds {value.name!r}: only numbers are supported")
-
-
-def _read_attribute(attribute: Any) -> Any:
-    import onnx
-
-    kind = attribute.type
-    if kind == onnx.AttributeProto.TENSOR:
-        return _read_tensor(attribute.t, "", {})
-    if kind in (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.TYPE_PROTO):
-        return None
-    if kind == onnx.AttributeProto.UNDEFINED:  # the first files did not say which field they use
-        value = next((getattr(attribute, f) for f in ("i", "f", "s") if attribute.HasField(f)), None)
-        if value is None:
-            value = next((v for v in (attribute.ints, attribute.floats, attribute.strings) if v), ())
-    else:
-        value = onnx.helper.get_attribute_value(attribute)
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, (int, float)):
-        return value
-    return [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in value]
-
-
-def _read_input(proto: Any) -> Input:
-    if not proto.type.HasField("tensor_type"):
-        raise WiringError(f"input {proto.name!r} of the ONNX graph is not a tensor: pass example inputs by name")
-    kind = proto.type.tensor_type
-    dtype = State.dtypes().get(kind.elem_type)
-    if dtype is None:
-        raise WiringError(f"input {proto.name!r} has ONNX element type {kind.elem_type}: only numbers are supported")
-    dims: list[int | str | None] = []
-    for d in kind.shape.dim:
-        dims.append(int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None))
-    return Input(proto.name, dtype, tuple(dims))
 
 
 def _refuse_unsupported(graph: Graph) -> None:
@@ -334,10 +127,13 @@ def evaluate(
 def _fetch(name: str, graph: Graph, values: _Values, weights: Mapping[str, Tensor], used: set[str]) -> Any:
     if name in values.of:
         return values.of[name]
-    if name in weights:
-        used.add(name)
-        return weights[name]
-    raise WiringError(f"the ONNX graph {graph.name!r} uses {name!r}, which no node, input or initialiser defines")
+    if name in graph.weights:
+        full = graph.weights[name]
+        used.add(full)
+        return weights[full]
+    raise WiringError(
+        f"the ONNX graph {graph.name!r} uses {name!r}, which no node, input or initialiser defines"
+    )
 
 
 def _evaluate(
@@ -426,10 +222,14 @@ def _scan(node: Node, args: list[Any], call: Any) -> tuple[Any, ...]:
     kept = len(args) - scans
     for setting in ("scan_input_axes", "scan_input_directions", "scan_output_axes", "scan_output_directions"):
         if any(node.attrs.get(setting, [])):
-            raise WiringError(f"ONNX Scan {node.name!r} sets {setting}: only forward scans of axis 0 are supported")
+            raise WiringError(
+                f"ONNX Scan {node.name!r} sets {setting}: only forward scans of axis 0 are supported"
+            )
     carried, sequences = args[:kept], args[kept:]
     if sequences[0].shape[0] > MAX_TRIPS:
-        raise WiringError(f"ONNX Scan {node.name!r} runs over {sequences[0].shape[0]} steps: at most {MAX_TRIPS}")
+        raise WiringError(
+            f"ONNX Scan {node.name!r} runs over {sequences[0].shape[0]} steps: at most {MAX_TRIPS}"
+        )
     columns: list[list[Any]] = [[] for _ in body.outputs[kept:]]
     for items in zip(*(s.unbind(0) for s in sequences), strict=True):
         results = call(body, [*carried, *items], [False] * len(args))
@@ -475,10 +275,14 @@ def _example_inputs(
 
 def _sizes(declared: Sequence[Input]) -> Iterator[tuple[list[tuple[int, ...]], bool]]:
     """Shapes to try, and whether the leading dimension was declared otherwise than it is tried."""
-    batch: set[Any] = {"batch", "batch_size", "N", "n"} | {i.dims[0] for i in declared if i.dims and i.dims[0]}
+    batch: set[Any] = {"batch", "batch_size", "N", "n"} | {
+        i.dims[0] for i in declared if i.dims and i.dims[0]
+    }
     batch = {b for b in batch if isinstance(b, str)}
     free = any(
-        not isinstance(d, int) and d not in batch and (d is not None or p) for i in declared for p, d in enumerate(i.dims)
+        not isinstance(d, int) and d not in batch and (d is not None or p)
+        for i in declared
+        for p, d in enumerate(i.dims)
     )
     leading = [i for i in declared if i.dtype in floating and len(i.dims) > 1 and isinstance(i.dims[0], int)]
     for other in _FREE_SIZES if free else (0,):

@@ -11,19 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weightspace.errors import WiringError
-from weightspace.wiring.onnx_ops import Node, State, bounded, floating, numbers, op, optional, setting
+from weightspace.wiring.onnx_ops import Args, Node, State, bounded, numbers, op, optional, setting
 
 _CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-_CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
 _MAX_POOL: tuple[Callable[..., Any], ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVERAGE_POOL: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _spatial(node: Node, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+def _spatial(
+    node: Node, x: Tensor, kernel: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """Strides, dilations, padding before and padding after, per spatial axis."""
     rank = len(kernel)
     if not 1 <= rank <= 3:
-        raise WiringError(f"ONNX node {node.name!r} ({node.op}) has {rank} spatial axes: 1 to 3 are supported")
+        raise WiringError(
+            f"ONNX node {node.name!r} ({node.op}) has {rank} spatial axes: 1 to 3 are supported"
+        )
     strides = list(node.attrs.get("strides") or [1] * rank)
     dilations = list(node.attrs.get("dilations") or [1] * rank)
     pads = list(node.attrs.get("pads") or [0] * (2 * rank))
@@ -48,7 +56,7 @@ def _padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: float
 
 
 @op("Conv")
-def _conv(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _conv(node: Node, args: Args, state: State) -> Tensor:
     x, weight, bias = args[0], args[1], optional(args, 2)
     strides, dilations, before, after = _spatial(node, x, weight.shape[2:])
     padding = before
@@ -59,13 +67,15 @@ def _conv(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("ConvTranspose")
-def _conv_transpose(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _conv_transpose(node: Node, args: Args, state: State) -> Tensor:
     x, weight, bias = args[0], args[1], optional(args, 2)
     rank = weight.ndim - 2
     strides, dilations, before, after = _spatial(node, x, weight.shape[2:])
     extra = list(node.attrs.get("output_padding") or [0] * rank)
     wanted, auto = node.attrs.get("output_shape"), node.attrs.get("auto_pad", "NOTSET")
-    full = [(x.shape[2 + i] - 1) * strides[i] + (weight.shape[2 + i] - 1) * dilations[i] + 1 for i in range(rank)]
+    full = [
+        (x.shape[2 + i] - 1) * strides[i] + (weight.shape[2 + i] - 1) * dilations[i] + 1 for i in range(rank)
+    ]
     if wanted or auto.startswith("SAME"):
         target = list(wanted)[-rank:] if wanted else [x.shape[2 + i] * strides[i] for i in range(rank)]
         for i in range(rank):
@@ -83,7 +93,7 @@ def _conv_transpose(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("MaxPool")
-def _max_pool(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _max_pool(node: Node, args: Args, state: State) -> Tensor:
     if len(node.outputs) > 1 and node.outputs[1]:
         raise WiringError(f"ONNX node {node.name!r} (MaxPool) returns indices: not supported")
     x, kernel = args[0], list(node.attrs["kernel_shape"])
@@ -96,7 +106,7 @@ def _max_pool(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("AveragePool", "LpPool")
-def _average_pool(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _average_pool(node: Node, args: Args, state: State) -> Tensor:
     x, kernel = args[0], list(node.attrs["kernel_shape"])
     strides, dilations, before, after = _spatial(node, x, kernel)
     if any(d != 1 for d in dilations) or node.op == "LpPool":
@@ -113,12 +123,12 @@ def _average_pool(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("GlobalAveragePool")
-def _global_average_pool(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _global_average_pool(node: Node, args: Args, state: State) -> Tensor:
     return args[0].mean(tuple(range(2, args[0].ndim)), keepdim=True)
 
 
 @op("GlobalMaxPool")
-def _global_max_pool(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _global_max_pool(node: Node, args: Args, state: State) -> Tensor:
     return args[0].amax(tuple(range(2, args[0].ndim)), keepdim=True)
 
 
@@ -126,7 +136,7 @@ def _global_max_pool(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("Resize", "Upsample")
-def _resize(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _resize(node: Node, args: Args, state: State) -> Tensor:
     x, attrs = args[0], node.attrs
     mode, rank = attrs.get("mode", "nearest"), args[0].ndim
     if node.op == "Upsample" or node.version < 11:
@@ -135,8 +145,14 @@ def _resize(node: Node, args: Sequence[Any], state: State) -> Tensor:
         scales = numbers(args[2]) if optional(args, 2) is not None and args[2].numel() else None
         sizes = numbers(args[3]) if optional(args, 3) is not None else None
         where = attrs.get("coordinate_transformation_mode", "half_pixel")
-    if attrs.get("antialias") or where == "tf_crop_and_resize" or attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise WiringError(f"ONNX node {node.name!r} (Resize): antialias, crops and aspect policies are not supported")
+    if (
+        attrs.get("antialias")
+        or where == "tf_crop_and_resize"
+        or attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch"
+    ):
+        raise WiringError(
+            f"ONNX node {node.name!r} (Resize): antialias, crops and aspect policies are not supported"
+        )
     axes = [int(a) % rank for a in attrs.get("axes") or range(rank)]
     rounding = attrs.get("nearest_mode", "floor" if node.version < 11 else "round_prefer_floor")
     for i, axis in enumerate(axes):
@@ -207,9 +223,11 @@ def _cubic(distance: float, a: float) -> float:
 
 
 @op("BatchNormalization")
-def _batch_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _batch_norm(node: Node, args: Args, state: State) -> Tensor:
     if node.attrs.get("training_mode"):
-        raise WiringError(f"ONNX node {node.name!r} normalises by its batch (training_mode): export in eval mode")
+        raise WiringError(
+            f"ONNX node {node.name!r} normalises by its batch (training_mode): export in eval mode"
+        )
     if not node.attrs.get("spatial", 1):
         raise WiringError(f"ONNX node {node.name!r} (BatchNormalization) has spatial=0: not supported")
     x, scale, bias, mean, variance = args[:5]
@@ -217,19 +235,25 @@ def _batch_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("InstanceNormalization")
-def _instance_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _instance_norm(node: Node, args: Args, state: State) -> Tensor:
     return F.instance_norm(args[0], None, None, args[1], args[2], True, 0.0, node.attrs.get("epsilon", 1e-5))
 
 
 @op("LayerNormalization")
-def _layer_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _layer_norm(node: Node, args: Args, state: State) -> Tensor:
     x, scale, bias = args[0], args[1], optional(args, 2)
     shape = x.shape[node.attrs.get("axis", -1) :]
-    return F.layer_norm(x, shape, scale.expand(shape), None if bias is None else bias.expand(shape), node.attrs.get("epsilon", 1e-5))
+    return F.layer_norm(
+        x,
+        shape,
+        scale.expand(shape),
+        None if bias is None else bias.expand(shape),
+        node.attrs.get("epsilon", 1e-5),
+    )
 
 
 @op("GroupNormalization")
-def _group_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _group_norm(node: Node, args: Args, state: State) -> Tensor:
     x, scale, bias = args[:3]
     groups, epsilon = node.attrs["num_groups"], node.attrs.get("epsilon", 1e-5)
     if scale.numel() == x.shape[1]:
@@ -239,27 +263,27 @@ def _group_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("RMSNormalization")
-def _rms_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _rms_norm(node: Node, args: Args, state: State) -> Tensor:
     x, axis = args[0], node.attrs.get("axis", -1) % args[0].ndim
     mean = (x * x).mean(tuple(range(axis, x.ndim)), keepdim=True)
     return x * torch.rsqrt(mean + node.attrs.get("epsilon", 1e-5)) * args[1]
 
 
 @op("MeanVarianceNormalization")
-def _mean_variance(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _mean_variance(node: Node, args: Args, state: State) -> Tensor:
     x, axes = args[0], tuple(node.attrs.get("axes") or (0, 2, 3))
     centred = x - x.mean(axes, keepdim=True)
     return centred / ((centred * centred).mean(axes, keepdim=True).sqrt() + 1e-9)
 
 
 @op("LpNormalization")
-def _lp_norm(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _lp_norm(node: Node, args: Args, state: State) -> Tensor:
     norm = torch.linalg.vector_norm(args[0], node.attrs.get("p", 2), node.attrs.get("axis", -1), keepdim=True)
     return args[0] / norm
 
 
 @op("LRN")
-def _lrn(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _lrn(node: Node, args: Args, state: State) -> Tensor:
     x, size = args[0], node.attrs["size"]
     if not 0 < size <= x.shape[1] * 2:
         raise WiringError(f"ONNX node {node.name!r} (LRN) sums over {size} channels of {x.shape[1]}")
@@ -274,10 +298,12 @@ def _lrn(node: Node, args: Sequence[Any], state: State) -> Tensor:
 
 
 @op("Attention")
-def _attention(node: Node, args: Sequence[Any], state: State) -> Tensor:
+def _attention(node: Node, args: Args, state: State) -> Tensor:
     attrs = node.attrs
     if any(optional(args, i) is not None for i in (4, 5, 6)) or any(node.outputs[1:]):
-        raise WiringError(f"ONNX node {node.name!r} (Attention) keeps a cache or returns scores: not supported")
+        raise WiringError(
+            f"ONNX node {node.name!r} (Attention) keeps a cache or returns scores: not supported"
+        )
     if attrs.get("softcap") or attrs.get("qk_matmul_output_mode"):
         raise WiringError(f"ONNX node {node.name!r} (Attention) caps or returns its scores: not supported")
     q, k, v = args[:3]
@@ -303,21 +329,30 @@ _DEFAULT = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RN
 
 
 @op("LSTM", "GRU", "RNN")
-def _recurrent(node: Node, args: Sequence[Any], state: State) -> tuple[Any, ...]:
+def _recurrent(node: Node, args: Args, state: State) -> tuple[Any, ...]:
     """Recurrent layers. W: (directions, gates x hidden, in), R: (directions, gates x hidden, hidden),
     B: (directions, 2 x gates x hidden), gates in the order i o f c (LSTM) or z r h (GRU)."""
     attrs, lstm = node.attrs, node.op == "LSTM"
     x, weight, recurrent = args[:3]
     bias, lengths, first, first_cell, peepholes = (optional(args, i) for i in (3, 4, 5, 6, 7))
-    if attrs.get("clip") or attrs.get("input_forget") or attrs.get("activation_alpha") or attrs.get("activation_beta"):
-        raise WiringError(f"ONNX node {node.name!r} ({node.op}) sets clip, input_forget or activation constants: not supported")
+    if (
+        attrs.get("clip")
+        or attrs.get("input_forget")
+        or attrs.get("activation_alpha")
+        or attrs.get("activation_beta")
+    ):
+        raise WiringError(
+            f"ONNX node {node.name!r} ({node.op}) sets clip, input_forget or activation constants: not supported"
+        )
     batch_first = bool(attrs.get("layout"))
     if batch_first:
         x = x.transpose(0, 1)
         first, first_cell = (None if t is None else t.transpose(0, 1) for t in (first, first_cell))
     names = [a.lower() for a in attrs.get("activations") or _DEFAULT[node.op] * weight.shape[0]]
     if unknown := set(names) - set(_ACTIVATIONS):
-        raise WiringError(f"ONNX node {node.name!r} ({node.op}) uses activations {sorted(unknown)}: not supported")
+        raise WiringError(
+            f"ONNX node {node.name!r} ({node.op}) uses activations {sorted(unknown)}: not supported"
+        )
     per = len(_DEFAULT[node.op])
     sides, hiddens, cells = [], [], []
     for d in range(weight.shape[0]):
@@ -387,6 +422,3 @@ def _cell(
 
 def _affine(h: Tensor, r: Tensor, b: Tensor | None) -> Tensor:
     return h @ r.t() if b is None else h @ r.t() + b
-
-
-__all__ = ["floating"]

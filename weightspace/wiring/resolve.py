@@ -8,7 +8,7 @@ from weightspace.wiring.algebra import Atom, Dim, Family, Irreconcilable, Ledger
 from weightspace.wiring.axis import Factor, Segment
 from weightspace.wiring.program import Program
 from weightspace.wiring.trace import Label, Trace
-from weightspace.wiring.wiring import Block, DimGroup, Layout, Wiring, _stem
+from weightspace.wiring.wiring import DimGroup, Layout, Wiring, _stem
 
 # Positions of one dim while its atoms are being taken apart: start, and (atom, stride) pairs.
 _Cursor = tuple[int, tuple[tuple[Atom, int], ...]]
@@ -37,7 +37,7 @@ def resolve(trace: Trace, program: Program) -> Wiring:
     notes = list(program.notes) + trace.notes
     return Wiring(
         layouts, shapes, factors, origin=program.origin, program=program, missing=trace.missing,
-        untouched=trace.untouched, notes=tuple(notes),
+        untouched=trace.untouched, notes=tuple(notes), reads=trace.reads,
     )  # fmt: skip
 
 

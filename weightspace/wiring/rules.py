@@ -110,7 +110,7 @@ def _varying(t: Tracer, o: torch.Tensor) -> list[Dim]:
 CREATION: dict[str, Callable[[Tracer, torch.Tensor], list[Dim]]] = {
     **{n: (lambda t, o: t.by_value(o)) for n in ("scalar_tensor", "full", "zeros", "ones", "arange", "linspace", "eye", "range", "logspace", "tril_indices", "triu_indices", "_efficientzerotensor")},
     **{n: (lambda t, o: t.fresh(o.shape)) for n in ("empty", "empty_strided", "empty_permuted")},
-    **{n: _varying for n in ("rand", "randn", "randint", "randperm", "normal", "bernoulli")},
+    **dict.fromkeys(("rand", "randn", "randint", "randperm", "normal", "bernoulli"), _varying),
 }  # fmt: skip
 
 
@@ -128,6 +128,8 @@ def _contract(t: Tracer, batch: Sequence[tuple[Dim, Dim]], summed: Sequence[tupl
 def _mm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     a, b = t.dims(args[0]), t.dims(args[1])
     _contract(t, [], [(a[1], b[0])])
+    t.read(args[0], 1)
+    t.read(args[1], 0)
     return [a[0], b[1]]
 
 
@@ -135,6 +137,8 @@ def _mm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 def _bmm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     a, b = t.dims(args[0]), t.dims(args[1])
     _contract(t, [(a[0], b[0])], [(a[2], b[1])])
+    t.read(args[0], 2)
+    t.read(args[1], 1)
     return [a[0], a[1], b[2]]
 
 
@@ -167,6 +171,7 @@ def _add_to(t: Tracer, product: list[Dim], bias: torch.Tensor, out: torch.Tensor
 def _mv(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     a, b = t.dims(args[0]), t.dims(args[1])
     _contract(t, [], [(a[1], b[0])])
+    t.read(args[0], 1)
     return [a[0]]
 
 
@@ -179,7 +184,8 @@ def _dot(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 @rule("linear")
 def _linear(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x, w = t.dims(args[0]), t.dims(args[1])
-    _contract(t, [], [(x[-1], w[1])])
+    _contract(t, [], [(x[-1], w[-1])])
+    t.read(args[1], -1)
     result = [*x[:-1], w[0]] if len(w) == 2 else x[:-1]
     bias = _arg(args, kwargs, 2, "bias")
     return result if bias is None else _add_to(t, result, bias, out)
@@ -223,6 +229,7 @@ def _cdist(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 def _convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x, w, bias = t.dims(args[0]), t.dims(args[1]), args[2]
     transposed, groups = args[6], args[8]
+    t.read(args[1], 0 if transposed else 1)
     t.pin(x[2:], "spatial positions")
     t.pin(w[2:], "kernel positions")
     if groups == 1:
@@ -776,6 +783,7 @@ def _address(t: Tracer, dim: Dim, index: torch.Tensor, why: str) -> None:
 def _embedding(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     w = t.dims(args[0])
     _address(t, w[0], args[1], "vocabulary")
+    t.read(args[0], 0)
     return [*t.dims(args[1]), w[1]]
 
 

@@ -23,8 +23,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from weightspace.wiring.algebra import Atom, Dim, Irreconcilable, Ledger, size_of
 from weightspace.errors import WiringError
+from weightspace.wiring.algebra import Atom, Dim, Irreconcilable, Ledger, size_of
 from weightspace.wiring.program import Program
 
 
@@ -34,13 +34,15 @@ class Label:
 
     ``const``: computed from neither parameters nor inputs. ``domain``: for an index tensor, the dim
     whose positions its values are (as ``topk`` returns them). ``implied``: for a tensor looked up by
-    such an index, what it was looked up in (see ``Implied``).
+    such an index, what it was looked up in (see ``Implied``). ``source``: for a named tensor or a view
+    of one with its dims in another order, the name and which of its dims each dim is.
     """
 
     dims: list[Dim]
     const: bool = False
     domain: Dim | None = None
     implied: tuple[Implied, ...] = ()
+    source: tuple[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Trace:
     missing: Counter[str] = field(default_factory=Counter)
     untouched: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    # The dim of each weight that its operation sums over (or looks up), as against the one it writes.
+    reads: dict[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -139,6 +143,9 @@ class Tracer(TorchDispatchMode):
         # Storages that hold more than constants, and labels in force during one operation only.
         self._written: set[int] = set()
         self._momentary: dict[int, Label] = {}
+        self.reads: dict[str, int] = {}
+        self._operands: list[tuple[torch.Tensor, Label]] = []
+        self._args: Sequence[Any] = ()
 
     # ---------------------------------------------------------------- labels
 
@@ -195,6 +202,12 @@ class Tracer(TorchDispatchMode):
 
     def unify(self, one: Dim, two: Dim) -> None:
         self.ledger.unify(one, two, self.op)
+
+    def read(self, tensor: torch.Tensor, dim: int) -> None:
+        """An operation sums over (or looks up) this dim; where the tensor is a weight, that is its input."""
+        source = self.label(tensor).source
+        if source is not None:
+            self.reads.setdefault(source[0], source[1][dim % tensor.dim()])
 
     def observe(self, dims: Sequence[Dim]) -> None:
         """Tell the ledger that positions of these dims, and what they imply, occur together."""
@@ -274,6 +287,7 @@ class Tracer(TorchDispatchMode):
                 if not const and m.layout == torch.strided:
                     self._written.add(_storage(m))
             self.implied = self._gather_implied(labels)
+            self._operands, self._args = list(zip(tensors, labels, strict=True)), args
             before = [(m, [list(d) for d in self.label(m).dims]) for m in mutated]
             try:
                 result = (rule or unknown)(self, func, args, kwargs, out)
@@ -288,6 +302,22 @@ class Tracer(TorchDispatchMode):
             self._momentary.clear()
         return out
 
+    def _source_of(self, out: torch.Tensor, sources: Sequence[tuple[str, tuple[int, ...]]]) -> Any:
+        """A weight stays a weight through a change of dtype, a copy or a transposition."""
+        if len(sources) != 1 or len(self._operands) != 1:
+            return None
+        (tensor, _), (name, dims) = self._operands[0], sources[0]
+        op = self.op.removeprefix("aten.")
+        if op in ("t", "transpose", "permute"):
+            moved = {"t": lambda: (1, 0) if len(dims) == 2 else (0,), "permute": lambda: self._args[1]}.get(op)
+            if moved is None:
+                index = list(range(len(dims)))
+                i, j = self._args[1], self._args[2]
+                index[i], index[j] = index[j], index[i]
+                return name, tuple(dims[k] for k in index)
+            return name, tuple(dims[k] for k in moved())
+        return (name, dims) if tensor.shape == out.shape and op in _STAY else None
+
     def _assign(
         self,
         out: Any,
@@ -300,6 +330,7 @@ class Tracer(TorchDispatchMode):
         if len(results) != len(outputs):
             raise AssertionError(f"{self.op}: rule labelled {len(results)} of {len(outputs)} outputs")
         kept = {id(m): dims for m, dims in before}
+        sources = [lab.source for _, lab in self._operands if lab.source is not None]
         self._momentary.clear()
         for tensor, item in zip(outputs, results, strict=True):
             label = item if isinstance(item, Label) else Label([list(d) for d in item])
@@ -313,6 +344,7 @@ class Tracer(TorchDispatchMode):
                     self.unify(mine, new)
                 label.dims = kept[id(tensor)]
             label.const = const and label.const
+            label.source = self._source_of(tensor, sources)
             label.implied = tuple({*self._valid(label.dims), *label.implied})
             self.implied = label.implied
             self.observe(label.dims)
@@ -349,6 +381,7 @@ def _quiet() -> Iterator[None]:
 
 
 _UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+_STAY = {"_to_copy", "clone", "detach", "alias", "contiguous", "view", "expand", "mul", "neg"}
 # These change what the dims of their operand are, not its values.
 _RESHAPE_IN_PLACE = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_"}
 # Pointwise operations that torch does not tag so.
@@ -397,7 +430,7 @@ def trace(program: Program) -> Trace:
             # Tied weights: one tensor under two names.
             labels[name] = labels[twin]
         else:
-            labels[name] = Label(tracer.fresh(tensor.shape))
+            labels[name] = Label(tracer.fresh(tensor.shape), source=(name, tuple(range(tensor.dim()))))
             ledger.observe(labels[name].dims)
         tracer.set(tensor, labels[name])
     for x in tree_leaves((program.args, dict(program.kwargs))):
@@ -423,4 +456,4 @@ def trace(program: Program) -> Trace:
         if not any(labels[name] is labels[n] for n in tensors if n != name and n not in untouched):
             tracer.pin(labels[name].dims, "takes no part in the traced run")
     tracer.pin_unreached(labels)
-    return Trace(ledger, labels, tracer.missing, untouched, list(ledger.conflicts))
+    return Trace(ledger, labels, tracer.missing, untouched, list(ledger.conflicts), tracer.reads)

@@ -21,8 +21,8 @@ from weightspace.errors import WiringError
 from weightspace.wiring.axis import Axis, Factor, Kind, Segment
 
 if TYPE_CHECKING:
-    from weightspace.wiring.proof import Proof
     from weightspace.wiring.program import Program
+    from weightspace.wiring.proof import Proof
 
 Status = Literal["proved", "unverified", "failed"]
 # One way to fill a group of dims: a segment for each of them.
@@ -135,6 +135,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         missing: Mapping[str, int] | None = None,
         untouched: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
+        reads: Mapping[str, int] | None = None,
     ) -> None:
         self.layouts = dict(layouts)
         self.shapes = dict(shapes)
@@ -146,6 +147,8 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         self.missing = dict(missing or {})
         self.untouched = untouched
         self.notes = notes
+        # Of each weight the dim that its operation sums over, where the trace saw it.
+        self.reads = dict(reads or {})
         self._tensors, self.axes = _axes(self.layouts, self.shapes, self.factors)
 
     # ---------------------------------------------------------------- mapping
@@ -239,7 +242,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         """A copy with some attributes replaced."""
         fields: dict[str, Any] = {
             "origin": self.origin, "status": self.status, "proof": self.proof, "program": self.program,
-            "missing": self.missing, "untouched": self.untouched, "notes": self.notes,
+            "missing": self.missing, "untouched": self.untouched, "notes": self.notes, "reads": self.reads,
         }  # fmt: skip
         factors = changes.pop("factors", self.factors)
         layouts = changes.pop("layouts", self.layouts)
