@@ -195,3 +195,40 @@ def test_recurrent_runs_like_torch(kind: type[torch.nn.RNNBase], both: bool) -> 
     with torch.no_grad():
         expected = net["fc"](net["rnn"](x)[0])
     torch.testing.assert_close(run(found["recurrent"], tensors, x), expected)
+
+
+@pytest.mark.parametrize("kernels", [(3, 3), (1, 3, 1)], ids=["basic", "bottleneck"])
+@pytest.mark.parametrize("shortcut", ["shortcut", "downsample"])
+def test_resnet_for_small_images_with_projections(kernels: tuple[int, ...], shortcut: str) -> None:
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv1.weight": (4, 3, 3, 3),
+        "linear.weight": (10, 32),
+        "linear.bias": (10,),
+    }
+
+    def norm(name: str, width: int) -> None:
+        shapes.update(
+            {f"{name}.{leaf}": (width,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+        )
+
+    norm("bn1", 4)
+    width = 4
+    for stage, out in enumerate((4, 8, 16, 32), start=1):
+        for block in range(2):
+            prefix, widths = f"layer{stage}.{block}", [width, *([out] * len(kernels))]
+            for i, kernel in enumerate(kernels):
+                shapes[f"{prefix}.conv{i + 1}.weight"] = (widths[i + 1], widths[i], kernel, kernel)
+                norm(f"{prefix}.bn{i + 1}", out)
+            if width != out:
+                shapes[f"{prefix}.{shortcut}.0.weight"] = (out, width, 1, 1)
+                norm(f"{prefix}.{shortcut}.1", out)
+            width = out
+    found = recognise(ws.Signature(shapes))
+    assert list(found) == ["resnet-cifar"]
+    torch.manual_seed(0)
+    tensors = {
+        name: torch.rand(shape) / max(1, torch.Size(shape[1:]).numel()) for name, shape in shapes.items()
+    }
+    wiring = ws.wiring(program(found["resnet-cifar"], tensors, "resnet-cifar"))
+    assert wiring.status == "proved"
+    assert len(wiring.free) == 4 + 8 * (len(kernels) - 1)  # a trunk per stage, inner widths per block
