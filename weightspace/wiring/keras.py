@@ -83,7 +83,8 @@ def program_from_keras_config(
     """The network that a Keras model configuration describes, on tensors named by their path in the file.
 
     Args:
-        config: ``{"class_name": "Sequential" | "Functional" | "Model", "config": {...}}``, as Keras writes it.
+        config: ``{"class_name": "Sequential" | "Functional" | "Model", "config": {...}}``, as Keras
+            writes it.
         tensors: by path, with or without ``model_weights/`` in front; what belongs to no layer (optimiser
             state) is left out of the program.
         keras_version: of the writer; decides what ``hard_sigmoid`` means.
@@ -138,10 +139,7 @@ def _bind(model: Model, tensors: Mapping[str, Tensor]) -> dict[Weight, str]:
         groups.setdefault(parts[0], []).append((name, parts[1:]))
     for layer in all_layers(model):
         for part, role, index in roles_of(layer.kind, layer.config):
-            if by_place:
-                name = _by_place(layer, part, index, tensors)
-            else:
-                name = _by_name(layer, part, role, groups)
+            name = _by_place(layer, part, index, tensors) if by_place else _by_name(layer, part, role, groups)
             if name is None:
                 raise WiringError(
                     f"Keras layer {'/'.join(n for n in layer.names if n)!r} ({layer.kind}) has no weight "
@@ -298,8 +296,8 @@ def _example_inputs(model: Model, run: Any) -> tuple[Tensor, ...]:
         if all(r.numel() for r in (results if isinstance(results, tuple) else (results,))):
             return tuple(args)
     raise WiringError(
-        f"no example input was found that the Keras model runs on (shapes {[s for s, _ in declared]} beside the "
-        f"batch); pass `inputs=`. First failure: {failure or 'an output was empty'}"
+        f"no example input was found that the Keras model runs on (shapes {[s for s, _ in declared]} beside "
+        f"the batch); pass `inputs=`. First failure: {failure or 'an output was empty'}"
     )
 
 

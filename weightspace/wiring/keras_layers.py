@@ -97,7 +97,8 @@ _ROLES: dict[str, tuple[str, ...]] = {
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: x, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "elu": F.elu,
     "selu": F.selu, "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)), "softsign": F.softsign,
-    "swish": F.silu, "silu": F.silu, "gelu": F.gelu, "exponential": torch.exp, "relu6": F.relu6, "mish": F.mish,
+    "swish": F.silu, "silu": F.silu, "gelu": F.gelu, "exponential": torch.exp, "relu6": F.relu6,
+    "mish": F.mish,
     "hard_swish": F.hardswish, "hard_silu": F.hardswish, "softmax": lambda x: torch.softmax(x, -1),
     "log_softmax": lambda x: torch.log_softmax(x, -1), "celu": F.celu, "log_sigmoid": F.logsigmoid,
 }  # fmt: skip

@@ -146,6 +146,7 @@ def _evaluate(
         function = _lookup(node)
         args = [_fetch(name, graph, values, weights, used) if name else None for name in node.inputs]
         fixed = all(not name or name in values.fixed for name in node.inputs)
+        results: Any
         if function is None:
             results = _control_flow(node, args, values, weights, used, state)
         else:
@@ -268,8 +269,8 @@ def _example_inputs(
                     first = first or error
     shapes = ", ".join(f"{i.name}: {list(i.dims)}" for i in declared)
     raise WiringError(
-        f"no example input was found that the ONNX graph runs on (declared {shapes}); pass `inputs=` by name. "
-        f"First failure: {first or 'outputs were empty or not finite'}"
+        f"no example input was found that the ONNX graph runs on (declared {shapes}); pass `inputs=` by "
+        f"name. First failure: {first or 'outputs were empty or not finite'}"
     )
 
 

@@ -342,7 +342,8 @@ def _recurrent(node: Node, args: Args, state: State) -> tuple[Any, ...]:
         or attrs.get("activation_beta")
     ):
         raise WiringError(
-            f"ONNX node {node.name!r} ({node.op}) sets clip, input_forget or activation constants: not supported"
+            f"ONNX node {node.name!r} ({node.op}) sets clip, input_forget or activation constants: "
+            "not supported"
         )
     batch_first = bool(attrs.get("layout"))
     if batch_first:

@@ -1,9 +1,10 @@
 """What each ONNX operation computes, in torch. To support one more, add a function with ``@op("Name")``.
 
 A function takes the node, its arguments (``None`` where an optional one is left out) and the state of the
-run, and returns a tensor or a tuple of tensors. Where the standard changed over its versions, ``node.version``
-decides. Here: the table, elementwise operations and products; shapes, indices and reductions are in
-``onnx_shapes.py``, convolutions, pooling, normalisation and recurrent cells in ``onnx_layers.py``.
+run, and returns a tensor or a tuple of tensors. Where the standard changed over its versions,
+``node.version`` decides. Here: the table, elementwise operations and products; shapes, indices and
+reductions are in ``onnx_shapes.py``, convolutions, pooling, normalisation and recurrent cells in
+``onnx_layers.py``.
 """
 
 from __future__ import annotations

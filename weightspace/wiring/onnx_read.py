@@ -145,7 +145,7 @@ def _setting_names(graph: Any) -> set[str]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads graphs; ``repeated`` are names of tensors that several subgraphs use, told apart by their place."""
+    """Reads graphs; ``repeated`` are names of tensors that several subgraphs use: their place tells them apart."""
 
     version: Mapping[str, int]
     stored: Mapping[str, Tensor]
@@ -213,7 +213,8 @@ def _read_tensor(proto: Any, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         return stored[name].detach()
     if onnx.external_data_helper.uses_external_data(proto):
         raise WiringError(
-            f"tensor {name!r} lies in an external file: open the checkpoint with weightspace.open and pass that"
+            f"tensor {name!r} lies in an external file: open the checkpoint with weightspace.open "
+            "and pass that"
         )
     kind = proto.data_type
     if kind in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
@@ -269,9 +270,8 @@ def _read_input(proto: Any) -> Input:
         raise WiringError(
             f"input {proto.name!r} has ONNX element type {kind.elem_type}: only numbers are supported"
         )
-    dims: list[int | str | None] = []
-    for d in kind.shape.dim:
-        dims.append(
-            int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None)
-        )
+    dims: list[int | str | None] = [
+        int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None)
+        for d in kind.shape.dim
+    ]
     return Input(proto.name, dtype, tuple(dims))
