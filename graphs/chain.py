@@ -6,12 +6,14 @@ one numbered name (``net.0``, ``net.2``; ``fc1``, ``fc2``), optionally closed by
 fit the next. Assumed, for shapes cannot tell: no skip connections, one pointwise activation after every
 layer but the last (ReLU stands in for it; any pointwise function has the same permutation symmetries), maps
 flattened channels first. Pooling and strides are unknown too, so that maps are averaged to the size that
-the first linear layer asks for. These stand-ins leave the symmetries as they are, but the skeleton's
-outputs need not be the net's.
+the first linear layer asks for. What would change the symmetries if it were otherwise is said in the
+skeleton's ``guess``. These stand-ins leave the symmetries as they are, but the skeleton's outputs need not
+be the net's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -111,7 +113,28 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     inputs = torch.randn(2, first[1], side, side) if convs else torch.randn(2, first[1])
     kind = f"{len(convs)} convolutions and " if convs else ""
     name = f"plain chain of {kind}{len(linears)} linear layers (no skips, activations assumed)"
-    return ws.Skeleton(module.eval(), (inputs,), name, rename=rename)
+    guess = _doubts([*convs, *linears], layers)
+    return ws.Skeleton(module.eval(), (inputs,), name, rename=rename, guess=guess)
+
+
+def _doubts(order: list[str], layers: dict[str, dict[str, tuple[int, ...]]]) -> str:
+    """Why the true network may be wired otherwise; empty where the shapes leave no other way."""
+    weights = [layers[name]["weight"] for name in order]
+    doubts = []
+    widths = [weights[0][1], *(w[0] for w in weights)]
+    places = [(m[1], int(m[2])) for name in order if (m := re.fullmatch(r"(.*?)(\d+)", name))]
+    # Gaps in the numbering are activations with a place of their own: a Sequential, which has no
+    # skips and flattens channels first.
+    one = len(places) == len(order) and len({prefix for prefix, _ in places}) == 1
+    gaps = all(b - a > 1 for (_, a), (_, b) in itertools.pairwise(places))
+    if one and gaps:
+        return ""
+    if len(set(widths)) < len(widths):
+        doubts.append("layers of equal width may be joined by skip connections")
+    for before, after in itertools.pairwise(weights):
+        if len(before) == 4 and len(after) == 2 and after[1] > before[0] > 1:
+            doubts.append("the map may be flattened in another order than channels first")
+    return "; ".join(doubts)
 
 
 def _ordered(names: list[str]) -> list[str] | None:

@@ -29,10 +29,10 @@ class _MLP(nn.Module):
 
 
 def build(signature: ws.Signature) -> ws.Skeleton | None:
-    """Recognise two or more layers ``l<i>.weight`` without biases that fit together."""
+    """Recognise two layers ``l1.weight`` and ``l2.weight`` without biases that fit together."""
     shapes = signature.shapes
-    weights = [shapes.get(f"l{i}.weight", ()) for i in range(1, len(shapes) + 1)]
-    if len(weights) < 2 or any(len(w) != 2 for w in weights):
+    weights = [shapes.get(f"l{i}.weight", ()) for i in (1, 2)]
+    if len(shapes) != 2 or any(len(w) != 2 for w in weights):
         return None
     if any(a[0] != b[1] for a, b in itertools.pairwise(weights)):
         return None

@@ -136,4 +136,7 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
         rename["embedding.weight"] = embeddings[0]
     inputs = torch.randint(embedding[0], (2, 3)) if embedding else torch.randn(2, 3, incoming)
     kind = ("bidirectional " if both else "") + _GATES[gates]
-    return ws.Skeleton(module.eval(), (inputs,), f"{kind}, {depth} layers of {hidden}", rename=rename)
+    sizes = [incoming, hidden * len(directions), *(shapes[name][0] for name in linears)]
+    guess = "" if len(set(sizes)) == len(sizes) else "parts of equal width may be parallel or joined by skips"
+    name = f"{kind}, {depth} layers of {hidden}"
+    return ws.Skeleton(module.eval(), (inputs,), name, rename=rename, guess=guess)

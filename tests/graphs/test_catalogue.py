@@ -232,3 +232,20 @@ def test_resnet_for_small_images_with_projections(kernels: tuple[int, ...], shor
     wiring = ws.wiring(program(found["resnet-cifar"], tensors, "resnet-cifar"))
     assert wiring.status == "proved"
     assert len(wiring.free) == 4 + 8 * (len(kernels) - 1)  # a trunk per stage, inner widths per block
+
+
+@pytest.mark.parametrize(
+    ("shapes", "doubt"),
+    [
+        ({"fc1.weight": (7, 5), "fc2.weight": (3, 7)}, ""),
+        ({"fc1.weight": (7, 5), "fc2.weight": (7, 7), "fc3.weight": (3, 7)}, "skip"),
+        ({"layers.0.weight": (7, 5), "layers.1.weight": (7, 7), "layers.2.weight": (3, 7)}, "skip"),
+        ({"net.0.weight": (7, 5), "net.2.weight": (7, 7), "net.4.weight": (3, 7)}, ""),
+        ({"conv1.weight": (4, 1, 3, 3), "conv2.weight": (6, 4, 3, 3), "fc1.weight": (3, 54)}, "flatten"),
+        ({"conv1.weight": (4, 1, 3, 3), "conv2.weight": (6, 4, 3, 3), "fc1.weight": (3, 6)}, ""),
+        ({"0.weight": (4, 1, 3, 3), "2.weight": (6, 4, 3, 3), "5.weight": (3, 54)}, ""),
+    ],
+)
+def test_plain_chain_says_what_it_cannot_know(shapes: dict[str, tuple[int, ...]], doubt: str) -> None:
+    guess = recognise(ws.Signature(shapes))["plain-chain"].guess
+    assert (doubt in guess) if doubt else guess == ""
