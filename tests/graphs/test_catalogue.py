@@ -39,6 +39,7 @@ def test_every_pattern_finds_files() -> None:
 @needs_corpus
 @pytest.mark.parametrize(("path", "family"), FILES, ids=[f"{p.parent.name}/{p.name[-40:]}" for p, _ in FILES])
 def test_file_is_recognised_and_runs(path: Path, family: str) -> None:
+    torch.manual_seed(0)
     for checkpoint in checkpoints(path):
         found = recognise(signature(checkpoint))
         assert [name for name in found if name not in GENERIC] == [family]
