@@ -86,7 +86,7 @@ def case(
 def enliven(module: nn.Module) -> None:
     """Takes weights out of initial values so small, or so regular, that nothing depends on them.
 
-    Matrices whose entries are far below 1/√fan-in are scaled up to it, as deep nets at the usual 0.02 are
+    Matrices whose entries are far below √(2/fan-in) are scaled up to it, as deep nets at the usual 0.02 are
     zero in float32 by their last layer; vectors and running statistics get some noise.
     """
     with torch.no_grad():
@@ -94,7 +94,7 @@ def enliven(module: nn.Module) -> None:
             if parameter.dim() < 2:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif parameter.numel() > parameter.shape[0]:
-                wanted, spread = parameter[0].numel() ** -0.5, float(parameter.std())
+                wanted, spread = (2 / parameter[0].numel()) ** 0.5, float(parameter.std())
                 if 0 < spread < wanted / 2:
                     parameter.mul_(wanted / spread)
         for name, buffer in module.named_buffers():

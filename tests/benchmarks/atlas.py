@@ -30,12 +30,13 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
+from architectures.registry import enliven  # noqa: E402
 from small_models import brief, build, model_types  # noqa: E402
 
-OUTCOMES = ("proved", "wrong", "refused", "crashed", "timeout", "not built")
+OUTCOMES = ("proved", "wrong", "refused", "crashed", "timeout", "not built", "part")
 
 
 def record(model_type: str, trace: bool) -> dict[str, Any]:
@@ -45,7 +46,8 @@ def record(model_type: str, trace: bool) -> dict[str, Any]:
     try:
         small = build(model_type)
     except Exception as error:
-        return {**entry, "reason": str(error), "seconds": time.perf_counter() - start}
+        outcome = "part" if "no model class" in str(error) else "not built"
+        return {**entry, "outcome": outcome, "reason": str(error), "seconds": time.perf_counter() - start}
     entry |= {
         "built": True,
         "outcome": "untraced",
@@ -63,6 +65,8 @@ def traced(module: torch.nn.Module, kwargs: Any) -> dict[str, Any]:
     """The wiring's own account of a module."""
     import weightspace as ws
 
+    torch.manual_seed(0)
+    enliven(module)
     try:
         wiring = ws.wiring(module, **kwargs)
     except ws.errors.WeightspaceError as error:
@@ -73,7 +77,9 @@ def traced(module: torch.nn.Module, kwargs: Any) -> dict[str, Any]:
     proof = wiring.proof
     return {
         "outcome": outcome,
-        "error": None if proof is None else getattr(proof, "error", None),
+        "error": None if proof is None else proof.error32,
+        "demoted": 0 if proof is None else len(proof.demoted),
+        "vacuous": 0 if proof is None else len(proof.vacuous),
         "movable": round(float(wiring.movable_share), 4),
         "factors": sum(not factor.pinned for factor in wiring.factors.values()),
         "notes": list(wiring.notes),
@@ -159,7 +165,8 @@ def table(entries: dict[str, dict[str, Any]]) -> None:
     """Counts, then the operations and reasons that stood in the way."""
     counts = Counter(entry["outcome"] for entry in entries.values())
     built = sum(entry.get("built", False) for entry in entries.values())
-    print(f"{len(entries)} model types, {built} built")
+    models = len(entries) - counts["part"]
+    print(f"{len(entries)} configurations: {models} models (the others are parts of one), {built} built")
     for outcome in (*OUTCOMES, "untraced"):
         if counts[outcome]:
             print(f"  {outcome:10s} {counts[outcome]:4d}")
@@ -189,7 +196,7 @@ def main() -> None:
         types = options.only or model_types()
         if not options.only:
             good = {"untraced"} if options.build_only else {"proved"}
-            keep = {t for t, e in known.items() if not options.retry or e["outcome"] in good}
+            keep = {t for t, e in known.items() if not options.retry or e["outcome"] in {*good, "part"}}
             types = [t for t in types if t not in keep]
         survey(
             types,

@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ HEADS = (
     "PRETRAINING",
 )
 
-LARGEST = 60_000_000  # parameters
+LARGEST = 100_000_000  # parameters
 VOCABULARY = 160  # ids from 100 on are special tokens
 
 
@@ -84,6 +84,7 @@ SCALES = (
     Scale(8, 64),
     Scale(4, 64),
     Scale(8, 224),
+    Scale(2, 64),
     Scale(1, 64),
     Scale(1, 224),
     Scale(1, 1024, keep_lists=True),
@@ -94,7 +95,7 @@ WIDTHS = re.compile(
     r"|ffn|d_ff|d_kv|d_inner|inner_dim|n_inner|mlp_dim|head_dim|dim_head|d_head|projection_dim|proj_dim|projection_size"
     r"|lora_rank|hidden_channels|_channels?$|^channels|filters|_units$|^dim$|_dim$|_dims$|hidden_sizes|conv_dim"
     r"|hidden_per|kv_channels|pooler_output_size|adapter_size|per_layer_input$|feature_size|output_size|channel_list"
-    r"|dim_feedforward|feedforward_dim|dt_rank|time_step_rank|coordinate_size|shape_size|num_pos_feats|fuser)"
+    r"|upsample_groups|bottleneck_features|dim_feedforward|feedforward_dim|dt_rank|time_step_rank|coordinate_size|shape_size|num_pos_feats|fuser)"
 )
 LAYERS = re.compile(
     r"^(num_|n_)?((\w+_)?(hidden_)?layers?|(\w+_)?(num_)?(hidden_)?layers|(\w*_)?depth|num_blocks|n_layer)$"
@@ -143,9 +144,21 @@ OPEN: dict[str, Any] = {
     "prediction_length": 4,
     "mask_token_id": 4,
 }
+SPECIAL: dict[str, dict[str, Any]] = {
+    "blip-2": {"image_token_index": 100},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "chameleon": {"vocabulary_map": {"<image>": 100}},
+    "emu3": {"vocabulary_map": {"<image>": 100}},
+    "glm5_next_text": {"index_topk": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"zero_expert_num": 2},
+    "perceiver": {"d_latents": 64, "num_latents": 8, "num_self_attends_per_block": 2},
+    "xmod": {"default_language": "en_XX"},
+}
 UNTOUCHED = {
     "model_type",
     "transformers_version",
+    "per_layer_config",
     "architectures",
     "dtype",
     "stage_names",
@@ -172,8 +185,8 @@ def same(a: Any, b: Any) -> bool:
 class Shrinker:
     """Makes a small copy of a configuration, equal sizes staying equal and special tokens distinct."""
 
-    def __init__(self, scale: Scale) -> None:
-        self.scale = scale
+    def __init__(self, scale: Scale, sections: list[int] | None = None) -> None:
+        self.scale, self.sections = scale, sections
         self.tokens: dict[int, int] = {}
 
     def __call__(self, config: Any) -> Any:
@@ -196,6 +209,8 @@ class Shrinker:
                 changed[name] = small
         self.stages(config, kinds, changed)
         self.fill(config, changed)
+        self.join(changed)
+        changed |= SPECIAL.get(config.model_type, {})
         return type(config)(**changed)
 
     def backbone(self, config: Any) -> Any:
@@ -222,11 +237,18 @@ class Shrinker:
             changed[layers] = depth
             changed["out_features"] = [f"stage{depth - len(names) + 1 + i}" for i in range(len(names))]
 
+    def join(self, changed: dict[str, Any]) -> None:
+        """Has a vision tower end in the width of the text model, which some defaults do not."""
+        text, vision = changed.get("text_config"), changed.get("vision_config")
+        if text is not None and vision is not None and has(vision, "spatial_merge_size"):
+            for name in ("out_hidden_size", "hidden_size"):
+                if has(vision, name) and (name == "out_hidden_size" or has(vision, "embed_dim")):
+                    setattr(vision, name, text.hidden_size)
+                    break
+
     def fill(self, config: Any, changed: dict[str, Any]) -> None:
         """Sizes that a configuration leaves open."""
-        for name, value in OPEN.items():
-            if has(config, name) and getattr(config, name) is None:
-                changed[name] = value
+        changed |= {n: v for n, v in OPEN.items() if has(config, n) and getattr(config, n) is None}
         for name in ("num_key_value_heads", "head_dim"):
             if has(config, name) and getattr(config, name) is None and has(config, "num_attention_heads"):
                 heads = changed.get("num_attention_heads", config.num_attention_heads)
@@ -271,7 +293,7 @@ class Shrinker:
             return min(value, self.scale.image)
         if name.endswith("position_embeddings") or name in ("n_positions", "context_length"):
             return min(value, 512)
-        return self.width(value) if WIDTHS.search(name) else value
+        return self.width(value) if WIDTHS.search(name) and "input_dim" not in name else value
 
     def width(self, value: Any) -> Any:
         shrinks = isinstance(value, int) and value >= 8 * self.scale.width and value % self.scale.width == 0
@@ -284,7 +306,9 @@ class Shrinker:
 
     def rope(self, value: Mapping[str, Any]) -> dict[str, Any]:
         out = {k: self.rope(v) if isinstance(v, Mapping) else v for k, v in value.items()}
-        if isinstance(out.get("mrope_section"), list):
+        if self.sections and "rope_type" in out:
+            out["mrope_section"] = self.sections
+        elif isinstance(out.get("mrope_section"), list):
             sections = out["mrope_section"]
             total, small = sum(sections) // self.scale.width, [s // self.scale.width for s in sections]
             out["mrope_section"] = [small[0] + total - sum(small), *small[1:]]
@@ -358,29 +382,47 @@ def classes(model_type: str) -> list[Any]:
 
 def build(model_type: str) -> Small:
     """The first head, scale and inputs that run. Raises RuntimeError that tells what went wrong."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     candidates = classes(model_type)
     if not candidates:
         raise RuntimeError("no model class is registered for this type")
     failures: list[str] = []
     for model_class in candidates[:5]:
         for scale in SCALES:
-            try:
-                config = Shrinker(scale)(CONFIG_MAPPING[model_type]())
-                if parameters(model_class, config) > LARGEST:
-                    failures.append(f"{model_class.__name__} {scale.width}: too large")
-                    continue
-                torch.manual_seed(0)
-                module = model_class(config).eval()
-            except (Exception, SystemExit) as error:
-                failures.append(f"{model_class.__name__} {scale.width}: {brief(error)}")
-                continue
-            kwargs, reason = settle(module, scale)
-            if kwargs is not None:
-                return Small(model_class.__name__, Primary(module).eval(), kwargs, scale, tuple(failures))
-            failures.append(f"{model_class.__name__} {scale.width}: {reason}")
+            sections, experts = None, None
+            for _ in range(3):
+                found = attempt(model_type, model_class, scale, sections, experts)
+                if isinstance(found, Small):
+                    return replace(found, failures=tuple(failures))
+                failures.append(f"{model_class.__name__} {scale.width}: {found}")
+                split = re.search(r"to sum exactly to (\d+) .*split_sizes=\[(\d+), (\d+), (\d+)\]", found)
+                if split and sections is None:
+                    third = int(split[1]) // 3
+                    sections = [int(split[1]) - 2 * third, third, third]
+                elif "multiple of 16 bytes" in found and experts is None:
+                    experts = "batched_mm"
+                else:
+                    break
     raise RuntimeError(" | ".join(failures) or "no scale gave a model")
+
+
+def attempt(
+    model_type: str, model_class: Any, scale: Scale, sections: list[int] | None, experts: str | None
+) -> Small | str:
+    """One class at one scale: the model if it runs, else why not."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config = Shrinker(scale, sections)(CONFIG_MAPPING[model_type]())
+        if experts:
+            config._experts_implementation = experts
+        if parameters(model_class, config) > LARGEST:
+            return "too large"
+        torch.manual_seed(0)
+        module = model_class(config).eval()
+    except (Exception, SystemExit) as error:
+        return brief(error)
+    kwargs, reason = settle(module, scale)
+    return reason if kwargs is None else Small(model_class.__name__, Primary(module).eval(), kwargs, scale)
 
 
 def parameters(model_class: Any, config: Any) -> int:
@@ -492,6 +534,18 @@ def draw(name: str, config: Any, scale: Scale) -> Any:
             )
         case "qformer_input_ids":
             return words
+        case "spatial_shapes":
+            return torch.tensor([[2, 4], [2, 4]])
+        case "pixel_attention_mask":
+            return torch.ones(2, 8, dtype=torch.long)
+        case "timesteps":
+            return torch.arange(8).expand(2, -1)
+        case "states":
+            return torch.randn(2, 8, int(lookup(config, "state_dim", default=4)))
+        case "actions":
+            return torch.randn(2, 8, int(lookup(config, "act_dim", default=4)))
+        case "rewards" | "returns_to_go":
+            return torch.randn(2, 8, 1)
         case "query_embeds":
             return torch.randn(2, 4, int(lookup(config, "hidden_size", default=32)))
         case "prompt_pixel_values":
@@ -555,8 +609,18 @@ def attempts(module: Any, scale: Scale) -> Iterator[dict[str, Any]]:
                 if "mm_token_type_ids" in signature:
                     inputs["mm_token_type_ids"] = (ids == token).to(torch.int)
             yield inputs
+    if "spatial_shapes" in signature:
+        side, _ = square(lookup(config, "patch_size"), 16)
+        inputs = given([*wanted, "pixel_attention_mask", "spatial_shapes"])
+        yield {**inputs, "pixel_values": torch.randn(2, 8, 3 * side * side)}
+    if "returns_to_go" in signature:
+        yield given(["states", "actions", "rewards", "returns_to_go", "timesteps", "attention_mask"])
     yield given(wanted)
-    both = [name for name in ("input_ids", "pixel_values", "bbox", "decoder_input_ids") if name in signature]
+    both = [
+        name
+        for name in ("input_ids", "pixel_values", "bbox", "qformer_input_ids", "decoder_input_ids")
+        if name in signature
+    ]
     yield given([*wanted, *both])
     for single in ("input_ids", "pixel_values", "input_values", "input_features"):
         if single in signature and [single] != wanted:
