@@ -232,7 +232,9 @@ class Ledger:
             row = start // inner
             if (stop - 1) // inner == row:
                 kept, cuts = self.cut([head], row, row + 1)
-                inside, more = self.cut(self.restrict(kept + rest, cuts), start - row * inner, stop - row * inner)
+                inside, more = self.cut(
+                    self.restrict(kept + rest, cuts), start - row * inner, stop - row * inner
+                )
                 return inside, cuts + more
             raise Irreconcilable
         return self._cut_atom(head, start, stop)
@@ -372,7 +374,9 @@ class Ledger:
                     self.collapse(a)
                     return [self.find(a)]
                 fresh = self.atom(a.size)
-                new_bounds = [max(bounds[j], start) - start for j in kept] + [min(bounds[kept[-1] + 1], stop) - start]
+                new_bounds = [max(bounds[j], start) - start for j in kept] + [
+                    min(bounds[kept[-1] + 1], stop) - start
+                ]
                 fresh.form = Family(new_index[0], tuple(new_bounds), tuple(members[j] for j in kept))
                 return [fresh]
             dims = [self._restrict(m, index, start, stop, into) for m in a.form.members]
@@ -380,7 +384,10 @@ class Ledger:
                 return [a]
             return self._family_of_dims(a.form, dims)
         if isinstance(a.form, Sum):
-            parts = [[x for p in part for x in self._restrict(p, index, start, stop, into)] for part in a.form.parts]
+            parts = [
+                [x for p in part for x in self._restrict(p, index, start, stop, into)]
+                for part in a.form.parts
+            ]
             same = all(
                 len(q) == len(self.normal(p)) and all(x is y for x, y in zip(q, self.normal(p), strict=True))
                 for p, q in zip(a.form.parts, [self.normal(q) for q in parts], strict=True)
@@ -512,7 +519,9 @@ class Ledger:
             return self.factor(a, outer)
         except Irreconcilable:
             if self.is_pinned([a]) and a.size % outer == 0:
-                return self.dim(outer, pinned=True, reason="pinned"), self.dim(a.size // outer, pinned=True, reason="pinned")
+                return self.dim(outer, pinned=True, reason="pinned"), self.dim(
+                    a.size // outer, pinned=True, reason="pinned"
+                )
             raise
 
     def _clash(self, dim: Iterable[Atom], why: str) -> None:
@@ -614,7 +623,10 @@ class Ledger:
                     if leaf in self.leaves([x]):
                         # A member accompanies one part of its index.
                         index = self.find(form.index)
-                        out |= {index, *(y for part in getattr(index.form, "parts", ()) for y in self.normal(part))}
+                        out |= {
+                            index,
+                            *(y for part in getattr(index.form, "parts", ()) for y in self.normal(part)),
+                        }
                         out |= self._siblings(x, leaf)
         return out
 

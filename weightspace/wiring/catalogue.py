@@ -77,7 +77,10 @@ class Recognition:
 
 def families() -> tuple[Family, ...]:
     """All families, in the order in which they are asked."""
-    folders = [data_dir("graphs"), *map(Path, filter(None, os.environ.get("WEIGHTSPACE_GRAPHS", "").split(os.pathsep)))]
+    folders = [
+        data_dir("graphs"),
+        *map(Path, filter(None, os.environ.get("WEIGHTSPACE_GRAPHS", "").split(os.pathsep))),
+    ]
     return _families(tuple(folders))
 
 
@@ -153,19 +156,27 @@ def program_from_skeleton(family: str, skeleton: Skeleton, checkpoint: Checkpoin
     """The skeleton as a program over the checkpoint's own tensors (float32 where they are narrower)."""
     from weightspace.wiring.module import program_from_module
 
-    program = program_from_module(skeleton.module, skeleton.inputs, origin=f"catalogue:{family}", rename=skeleton.rename)
+    program = program_from_module(
+        skeleton.module, skeleton.inputs, origin=f"catalogue:{family}", rename=skeleton.rename
+    )
     tensors = {}
     for name, own in program.tensors.items():
         value = checkpoint[name] if name in checkpoint else own
         tensors[name] = value.to(own.dtype) if value.dtype != own.dtype else value
     notes = (f"recognised as {skeleton.name}",)
     missing = [n for n in tensors if n not in checkpoint]
-    return replace(program, tensors={n: t for n, t in tensors.items() if n not in missing}, run=_filled(program, missing), notes=notes)
+    return replace(
+        program,
+        tensors={n: t for n, t in tensors.items() if n not in missing},
+        run=_filled(program, missing),
+        notes=notes,
+    )
 
 
 def _filled(program: Program, missing: list[str]) -> Callable[..., Any]:
     """Counters that old checkpoints lack are taken from the skeleton."""
     if not missing:
         return program.run
-    extra = {n: program.tensors[n] for n in missing}
+    # A skeleton may have no data (meta device); all that may be missing is a counter.
+    extra = {n: torch.zeros(program.tensors[n].shape, dtype=program.tensors[n].dtype) for n in missing}
     return lambda tensors, *a, **k: program.run({**tensors, **extra}, *a, **k)

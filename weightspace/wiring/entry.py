@@ -123,7 +123,9 @@ def covering(found: Wiring, checkpoint: Checkpoint) -> Wiring:
         shape = tuple(checkpoint.shape(name))
         groups = []
         for d, n in enumerate(shape):
-            factor = Factor(f"{name}.{d}" if len(shape) > 1 else name, n, True, (), "takes no part in the function")
+            factor = Factor(
+                f"{name}.{d}" if len(shape) > 1 else name, n, True, (), "takes no part in the function"
+            )
             unique, k = factor.name, 2
             while unique in factors:
                 unique, k = f"{factor.name}~{k}", k + 1
@@ -141,7 +143,6 @@ def covering(found: Wiring, checkpoint: Checkpoint) -> Wiring:
 
 def _is_config(x: Any) -> bool:
     return any(c.__name__ in ("PreTrainedConfig", "PretrainedConfig") for c in type(x).__mro__)
-
 
 
 __all__ = ["covering", "from_checkpoint", "from_program", "wiring"]

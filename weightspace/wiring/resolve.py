@@ -113,7 +113,9 @@ def _expand(ledger: Ledger, cursors: tuple[_Cursor, ...]) -> list[_RawBlock]:
             index = ledger.find(a.form.index)
             if any(x is index for x in atoms):
                 ranges = list(zip(a.form.bounds, a.form.bounds[1:], strict=False))
-                return [b for lo, hi in ranges for b in _expand(ledger, _narrow(ledger, cursors, index, lo, hi))]
+                return [
+                    b for lo, hi in ranges for b in _expand(ledger, _narrow(ledger, cursors, index, lo, hi))
+                ]
     for a in atoms:
         if isinstance(a.form, Sum):
             out: list[_RawBlock] = []
@@ -131,13 +133,16 @@ def _expand(ledger: Ledger, cursors: tuple[_Cursor, ...]) -> list[_RawBlock]:
             # Its index is not in this tensor: the members must be one.
             ledger.collapse(a)
             fresh = tuple(
-                (start, tuple(y for x, s in items for y in _strided(ledger.normal([x]), s))) for start, items in cursors
+                (start, tuple(y for x, s in items for y in _strided(ledger.normal([x]), s)))
+                for start, items in cursors
             )
             return _expand(ledger, fresh)
     return [cursors]
 
 
-def _narrow(ledger: Ledger, cursors: tuple[_Cursor, ...], atom: Atom, lo: int, hi: int) -> tuple[_Cursor, ...]:
+def _narrow(
+    ledger: Ledger, cursors: tuple[_Cursor, ...], atom: Atom, lo: int, hi: int
+) -> tuple[_Cursor, ...]:
     piece, cuts = ledger.cut([atom], lo, hi)
     if not cuts and size_of(piece) != hi - lo:
         raise Irreconcilable
@@ -156,7 +161,9 @@ def _narrow(ledger: Ledger, cursors: tuple[_Cursor, ...], atom: Atom, lo: int, h
 
 def _segment(cursor: _Cursor, names: Mapping[Atom, str]) -> Segment:
     start, items = cursor
-    return Segment(start, tuple(names[a] for a, _ in items), tuple(s for _, s in items), tuple(a.size for a, _ in items))
+    return Segment(
+        start, tuple(names[a] for a, _ in items), tuple(s for _, s in items), tuple(a.size for a, _ in items)
+    )
 
 
 def _names(raw: Mapping[str, list[_RawGroup]]) -> tuple[dict[Atom, str], list[Atom]]:
@@ -194,13 +201,13 @@ def _fibres(
         a: {o for o in (ledger.find(o) for o in a.over or ()) if o in known and o is not a} for a in order
     }
     for groups in raw.values():
-        everywhere = [
-            {a for _, items in block for a, _ in items} for _, blocks in groups for block in blocks
-        ]
+        everywhere = [{a for _, items in block for a, _ in items} for _, blocks in groups for block in blocks]
         fixed = [_common([{a for _, items in b for a, _ in items} for b in blocks]) for _, blocks in groups]
         i = 0
         for g, (_, blocks) in enumerate(groups):
-            outside = set().union(*(fixed[h] for h in range(len(groups)) if h != g)) if len(groups) > 1 else set()
+            outside = (
+                set().union(*(fixed[h] for h in range(len(groups)) if h != g)) if len(groups) > 1 else set()
+            )
             for block in blocks:
                 here = everywhere[i] | outside
                 seen: dict[Atom, int] = {}

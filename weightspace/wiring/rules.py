@@ -85,6 +85,11 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
                 t.pin(held, f"index arithmetic ({t.op})")
     results = []
     for o in _outs(out):
+        if o.dim() == 0 and any(x.dim() for x in tensors):
+            # A loss with its reduction built in.
+            _broadcast(t, tensors, torch.broadcast_shapes(*(x.shape for x in tensors)))
+            results.append(Label([]))
+            continue
         dims = _broadcast(t, [x for x in tensors if x.dim() <= o.dim()], o.shape)
         results.append(Label(dims, const=all(t.label(x).const for x in tensors), domain=domain))
     return results
@@ -294,7 +299,9 @@ def _reduce(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         keep = o.dim() == x.dim()
         label = Label([([] if keep else None) if d in axes else dims[d] for d in range(x.dim())])  # type: ignore[misc]
         label.dims = [d for d in label.dims if d is not None]
-        if (t.op.rstrip("_").endswith(("argmax", "argmin")) or (k == 1 and t.op in _WITH_INDEX)) and len(axes) == 1:
+        if (t.op.rstrip("_").endswith(("argmax", "argmin")) or (k == 1 and t.op in _WITH_INDEX)) and len(
+            axes
+        ) == 1:
             label.domain = dims[axes[0]]
         results.append(label)
     return results
@@ -313,7 +320,9 @@ def _softmax(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 def _ordered(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """Order along the dim matters."""
     x = args[0]
-    dim = args[2] if t.op == "aten.roll" and len(args) > 2 else args[1] if len(args) > 1 else kwargs.get("dim")
+    dim = (
+        args[2] if t.op == "aten.roll" and len(args) > 2 else args[1] if len(args) > 1 else kwargs.get("dim")
+    )
     dims = t.dims(x)
     for d in _norm_axes(x.dim(), dim):
         t.pin(dims[d], f"order matters ({t.op})")
@@ -585,7 +594,15 @@ def _unbind(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     return results
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split")
+@rule(
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "chunk",
+    "unsafe_chunk",
+    "tensor_split",
+)
 def _split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x = args[0]
     d = _arg(args, kwargs, 2, "dim", 0) % x.dim()
@@ -623,7 +640,10 @@ def _stack(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     tensors = args[0]
     d = _arg(args, kwargs, 1, "dim", 0) % out.dim()
     dims = [t.dims(x) for x in tensors]
-    same = all(all(t.ledger.normal(a) == t.ledger.normal(b) for a, b in zip(dims[0], x, strict=True)) for x in dims[1:])
+    same = all(
+        all(t.ledger.normal(a) == t.ledger.normal(b) for a, b in zip(dims[0], x, strict=True))
+        for x in dims[1:]
+    )
     if same:
         new = t.ledger.dim(len(tensors), pinned=True, reason="stacked positions")
         result = dims[0]
@@ -705,7 +725,9 @@ def _as_strided(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 @rule("diagonal", "diag_embed", "trace")
 def _diagonal(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x = args[0]
-    offset, d1, d2 = (_arg(args, kwargs, i, n, v) for i, n, v in ((1, "offset", 0), (2, "dim1", 0), (3, "dim2", 1)))
+    offset, d1, d2 = (
+        _arg(args, kwargs, i, n, v) for i, n, v in ((1, "offset", 0), (2, "dim1", 0), (3, "dim2", 1))
+    )
     if t.op != "aten.diagonal" or offset != 0 or x.shape[d1] != x.shape[d2]:
         return unknown(t, func, args, kwargs, out)
     dims = t.dims(x)
@@ -840,7 +862,11 @@ def _as_range(index: torch.Tensor, size: int) -> tuple[int, int] | None:
         return None
     values = [v + size if v < 0 else v for v in index.tolist()]
     start = values[0]
-    return (start, start + len(values)) if values == list(range(start, start + len(values))) and start >= 0 else None
+    return (
+        (start, start + len(values))
+        if values == list(range(start, start + len(values))) and start >= 0
+        else None
+    )
 
 
 def _masked_index(t: Tracer, dims: list[Dim], indices: Sequence[Any], out: torch.Tensor) -> list[Dim]:
@@ -933,6 +959,20 @@ def _positions(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         if held is not None:
             t.pin(held, f"positions become values ({t.op})")
     return [t.fresh(o.shape, "positions", pinned=True) for o in _outs(out)]
+
+
+@rule("isin", "bucketize", "searchsorted")
+def _lookup_values(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    """Each value of one operand is compared with all of the other, whose order matters."""
+    values, table = (args[1], args[0]) if t.op == "aten.searchsorted" else (args[0], args[1])
+    if isinstance(table, torch.Tensor):
+        t.pin(t.dims(table), f"order matters ({t.op})")
+    if not isinstance(values, torch.Tensor) or values.shape != out.shape:
+        return t.fresh(out.shape, f"order matters ({t.op})", pinned=True)
+    held = t.label(values).domain
+    if held is not None:
+        t.pin(held, f"index arithmetic ({t.op})")
+    return t.dims(values)
 
 
 @rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty",

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from weightspace.errors import WiringError
 from weightspace.wiring.algebra import Atom, Dim, Irreconcilable, Ledger, size_of
@@ -100,8 +100,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         reads = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        out = _call(func, reads, args, kwargs)
         writes = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         mutated = _mutated(func._schema, args, kwargs)
         self.steps.append((reads, writes + mutated, bool(mutated)))
@@ -273,7 +273,8 @@ class Tracer(TorchDispatchMode):
             const = all(lab.const for lab in labels)
             if const and not is_view and not mutated:
                 for o in outputs:
-                    dims = self.fresh(o.shape) if name in _UNINITIALISED else self.by_value(o)
+                    uniform = name in _UNINITIALISED or name in _UNIFORM
+                    dims = self.fresh(o.shape) if uniform else self.by_value(o)
                     self.set(o, Label(dims, const=True))
                 return out
             in_place = name.endswith("_") and not name.endswith("__")
@@ -309,7 +310,9 @@ class Tracer(TorchDispatchMode):
         (tensor, _), (name, dims) = self._operands[0], sources[0]
         op = self.op.removeprefix("aten.")
         if op in ("t", "transpose", "permute"):
-            moved = {"t": lambda: (1, 0) if len(dims) == 2 else (0,), "permute": lambda: self._args[1]}.get(op)
+            moved = {"t": lambda: (1, 0) if len(dims) == 2 else (0,), "permute": lambda: self._args[1]}.get(
+                op
+            )
             if moved is None:
                 index = list(range(len(dims)))
                 i, j = self._args[1], self._args[2]
@@ -356,7 +359,9 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _is_dims(result: Any) -> bool:
-    return isinstance(result, list) and all(isinstance(d, list) and all(hasattr(a, "form") for a in d) for d in result)
+    return isinstance(result, list) and all(
+        isinstance(d, list) and all(hasattr(a, "form") for a in d) for d in result
+    )
 
 
 def _mutated(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -369,7 +374,31 @@ def _mutated(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
 
 
 def _call(func: Any, tensors: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Any:
+    """Run an operation; what involves a tensor without data (meta device) has none either.
+
+    A network too large to run is traced on the meta device, while index and mask arithmetic, which starts
+    from constants, still runs on real values.
+    """
+    on_meta = [x.device.type == "meta" for x in tensors]
+    if any(on_meta):
+        if not all(on_meta):
+            args, kwargs = tree_map(_to_meta, (args, kwargs))
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type != "meta":
+            kwargs = {**kwargs, "device": torch.device("meta")}
+    elif (
+        "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta"
+    ):
+        kwargs = {**kwargs, "device": torch.device("cpu")}
     return func(*args, **kwargs)
+
+
+def _to_meta(x: Any) -> Any:
+    return (
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        if isinstance(x, torch.Tensor)
+        else x
+    )
 
 
 @contextlib.contextmanager
@@ -384,11 +413,14 @@ _UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empt
 _STAY = {"_to_copy", "clone", "detach", "alias", "contiguous", "view", "expand", "mul", "neg"}
 # These change what the dims of their operand are, not its values.
 _RESHAPE_IN_PLACE = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_"}
+_UNIFORM = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 # Pointwise operations that torch does not tag so.
 _POINTWISE = {
     "_to_copy", "clone", "detach", "alias", "lift_fresh", "copy", "fill", "zero", "masked_fill", "where",
     "_conj", "_neg_view", "relu", "lerp", "clamp", "nan_to_num", "native_dropout", "dropout", "bernoulli",
-    "contiguous", "_prelu_kernel", "_fw_primal", "rrelu_with_noise", "_conj_physical", "resolve_conj", "to",
+    "contiguous", "_prelu_kernel", "_fw_primal", "hardswish", "log_sigmoid_forward", "special_erf",
+    "special_i0", "special_expit", "special_log1p", "polar", "complex", "real", "imag", "floor_divide", "rsub",
+    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "rrelu_with_noise", "_conj_physical", "resolve_conj", "to",
 }  # fmt: skip
 
 
@@ -423,9 +455,12 @@ def trace(program: Program) -> Trace:
     ledger = tracer.ledger
     labels: dict[str, Label] = {}
     aliases: dict[tuple[Any, ...], str] = {}
+    key: tuple[Any, ...]
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
-        twin = aliases.setdefault(key, name) if tensor.device.type != "meta" else name
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if not tensor.numel() or tensor.device.type == "meta":
+            key = (id(tensor),)
+        twin = aliases.setdefault(key, name)
         if twin in labels:
             # Tied weights: one tensor under two names.
             labels[name] = labels[twin]

@@ -157,7 +157,9 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         try:
             return self._tensors[name]
         except KeyError:
-            raise KeyError(f"the wiring has no tensor {name!r}; it has {', '.join(list(self)[:5])} …") from None
+            raise KeyError(
+                f"the wiring has no tensor {name!r}; it has {', '.join(list(self)[:5])} …"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -253,7 +255,8 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         """A copy in which the named factors may not move."""
         chosen = set(names)
         factors = {
-            n: replace(f, pinned=True, over=(), reason=reason) if n in chosen else f for n, f in self.factors.items()
+            n: replace(f, pinned=True, over=(), reason=reason) if n in chosen else f
+            for n, f in self.factors.items()
         }
         return self.with_(factors=factors)
 
@@ -352,7 +355,9 @@ def _addresses(block: Block, perm: Permutation) -> tuple[list[torch.Tensor], lis
     targets, origins = [], []
     for d, segment in enumerate(block):
         target = origin = torch.full((), segment.start, dtype=torch.long)
-        for k, (f, stride, size) in enumerate(zip(segment.factors, segment.strides, segment.sizes, strict=True)):
+        for k, (f, stride, size) in enumerate(
+            zip(segment.factors, segment.strides, segment.sizes, strict=True)
+        ):
             axis = places.index((d, k))
             steps = spread(torch.arange(size), [axis])
             target = target + stride * steps
@@ -384,7 +389,9 @@ def _axes(
         row: list[Axis | None] = [None] * len(shapes[tensor])
         for group in layout:
             for k, d in enumerate(group.dims):
-                segments = tuple(dict.fromkeys((b[k].start, b[k].factors, b[k].strides) for b in group.blocks))
+                segments = tuple(
+                    dict.fromkeys((b[k].start, b[k].factors, b[k].strides) for b in group.blocks)
+                )
                 key = (shapes[tensor][d], segments)
                 axis = known.get(key)
                 if axis is None:
