@@ -65,14 +65,19 @@ def case(
     movable_min: float = 0.95,
     unused: tuple[str, ...] = (),
     full: bool = False,
+    calm: bool = False,
 ) -> Callable[[Callable[[], Built]], Callable[[], Built]]:
-    """Registers the decorated builder, which then runs under a fixed seed and returns an eval-mode module."""
+    """Registers the decorated builder, which then runs under a fixed seed and returns an eval-mode module.
+
+    ``calm`` keeps the builder's own initial values.
+    """
 
     def register(build: Callable[[], Built]) -> Callable[[], Built]:
         def seeded() -> Built:
             torch.manual_seed(0)
             module, args, kwargs = build()
-            enliven(module)
+            if not calm:
+                enliven(module)
             return module.eval(), args, kwargs
 
         if name in CASES:

@@ -966,6 +966,8 @@ class Siren(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(2, 24), nn.Linear(24, 24), nn.Linear(24, 24)])
         self.head = nn.Linear(24, 3)
+        for layer in self.layers[1:]:  # the authors' initial values: the factor of 30 is taken back
+            nn.init.uniform_(layer.weight, -((6 / 24) ** 0.5) / 30, (6 / 24) ** 0.5 / 30)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -973,7 +975,7 @@ class Siren(nn.Module):
         return self.head(x)
 
 
-@case("siren", axes(24, 24, 24))
+@case("siren", axes(24, 24, 24), calm=True)
 def siren() -> Built:
     return Siren(), (2 * torch.rand(2, 2) - 1,), {}
 
@@ -996,13 +998,14 @@ class Triplane(nn.Module):
         return self.mlp(features.sum(0).T)
 
 
-# Added, the planes share their feature axis; side by side, each plane's features move by themselves.
+# Added, the planes share their feature axis; side by side, each plane's features are a segment of the
+# first layer's inputs and move by themselves.
 @case("triplane-sum", axes(8, 16))
 def triplane_sum() -> Built:
     return Triplane(False), (2 * torch.rand(6, 3) - 1,), {}
 
 
-@case("triplane-concat", inside(8, 3) + axes(16))
+@case("triplane-concat", axes(8, 8, 8, 16))
 def triplane_concat() -> Built:
     return Triplane(True), (2 * torch.rand(6, 3) - 1,), {}
 
