@@ -99,7 +99,10 @@ def program_from_keras_config(
         raise WiringError(
             f"Keras model of class {kind!r}: expected Sequential or Functional (a subclass is code)"
         )
-    model = read_model(kind, config.get("config"), (), "", 0)
+    try:
+        model = read_model(kind, config.get("config"), (), "", 0)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise WiringError(f"the Keras configuration is malformed: {type(error).__name__}: {error}") from error
     major = int(keras_version.split(".")[0]) if keras_version[:1].isdigit() else 2
     weights = _bind(model, tensors)
     held = {name: tensors[name] for name in dict.fromkeys(weights.values())}
@@ -133,23 +136,27 @@ def _bind(model: Model, tensors: Mapping[str, Tensor]) -> dict[Weight, str]:
     """The checkpoint's name of every weight that a layer of the model has."""
     by_place = any("/vars/" in f"/{name}" for name in tensors)
     bound: dict[Weight, str] = {}
+    taken: set[str] = set()
     groups: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for name in tensors:
         parts = tuple(name.removeprefix("model_weights/").split("/"))
         groups.setdefault(parts[0], []).append((name, parts[1:]))
     for layer in all_layers(model):
         for part, role, index in roles_of(layer.kind, layer.config):
-            name = _by_place(layer, part, index, tensors) if by_place else _by_name(layer, part, role, groups)
-            if name is None:
+            found = (
+                _by_place(layer, part, index, tensors) if by_place else _by_name(layer, part, role, groups)
+            )
+            if found is None:
                 raise WiringError(
                     f"Keras layer {'/'.join(n for n in layer.names if n)!r} ({layer.kind}) has no weight "
                     f"{part + '/' if part else ''}{role} among the {len(tensors)} tensors of the file"
                 )
-            if name in bound.values():
+            if found in taken:
                 raise WiringError(
-                    f"tensor {name!r} fits two weights of the Keras model: its names are ambiguous"
+                    f"tensor {found!r} fits two weights of the Keras model: its names are ambiguous"
                 )
-            bound[_key(layer), f"{part}/{role}" if part else role] = name
+            taken.add(found)
+            bound[_key(layer), f"{part}/{role}" if part else role] = found
     return bound
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,8 @@ def read_model(kind: str, config: Any, names: tuple[str, ...], place: str, depth
 def _read_layer(
     item: Mapping[str, Any], names: tuple[str, ...], place: str, counts: dict[str, int], depth: int
 ) -> Layer:
+    if depth > MAX_DEPTH:
+        raise WiringError(f"the Keras model nests layers deeper than {MAX_DEPTH}: refused")
     kind, config = str(item.get("class_name")), item.get("config")
     settings: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
     name = str(item.get("name") or settings.get("name") or kind.lower())
@@ -176,25 +179,34 @@ def _functional(
         raise WiringError(
             f"the Keras model makes {len(pending):,} calls of layers: at most {MAX_CALLS:,} are run"
         )
-    ready = {(name, 0) for name, nodes in inbound.items() if not nodes}
-    steps: list[Step] = []
-    while pending:
-        waiting = []
-        for step in pending:
-            if all(r[:2] in ready for r in references_in((step.args, step.kwargs))):
-                ready.add((step.layer.name, step.index))
-                steps.append(step)
-            else:
-                waiting.append(step)
-        if len(waiting) == len(pending):
-            names = ", ".join(sorted({s.layer.name for s in waiting})[:5])
-            raise WiringError(f"the Keras layers {names} wait for tensors that no layer makes")
-        pending = waiting
+    steps = _in_order(pending, {(name, 0) for name, nodes in inbound.items() if not nodes})
     inputs = references_in(_references(config.get("input_layers", []), shift))
     outputs = references_in(_references(config.get("output_layers", []), shift))
     if not inputs or not outputs:
         raise WiringError("the Keras configuration names no input_layers or no output_layers")
     return Model(tuple(steps), tuple(inputs), tuple(outputs), layers)
+
+
+def _in_order(pending: Sequence[Step], ready: set[tuple[str, int]]) -> list[Step]:
+    """Calls sorted so that each comes after those whose outputs it takes."""
+    missing = [{r[:2] for r in references_in((s.args, s.kwargs))} - ready for s in pending]
+    users: dict[tuple[str, int], list[int]] = {}
+    for i, needs in enumerate(missing):
+        for need in needs:
+            users.setdefault(need, []).append(i)
+    queue = deque(i for i, needs in enumerate(missing) if not needs)
+    steps: list[Step] = []
+    while queue:
+        step = pending[queue.popleft()]
+        steps.append(step)
+        for i in users.pop((step.layer.name, step.index), []):
+            missing[i].discard((step.layer.name, step.index))
+            if not missing[i]:
+                queue.append(i)
+    if len(steps) < len(pending):
+        stuck = sorted({s.layer.name for s, needs in zip(pending, missing, strict=True) if needs})
+        raise WiringError(f"the Keras layers {', '.join(stuck[:5])} wait for tensors that no layer makes")
+    return steps
 
 
 def _is_reference(value: Any) -> bool:

@@ -252,7 +252,7 @@ def _example_inputs(
             f"the ONNX graph has no input {', '.join(sorted(unknown))}: its inputs are "
             f"{', '.join(i.name for i in declared)}"
         )
-    first: Exception | None = None
+    first: dict[bool, Exception] = {}  # by whether the batch was other than declared
     for sizes, batched in _sizes(declared):
         for tokens in _token_ranges(declared):
             for switches in _switches(graph, declared):
@@ -266,11 +266,11 @@ def _example_inputs(
                 except WiringError as error:
                     if "has no interpretation" in str(error):
                         raise
-                    first = first or error
+                    first.setdefault(batched, error)
     shapes = ", ".join(f"{i.name}: {list(i.dims)}" for i in declared)
     raise WiringError(
         f"no example input was found that the ONNX graph runs on (declared {shapes}); pass `inputs=` by "
-        f"name. First failure: {first or 'outputs were empty or not finite'}"
+        f"name. First failure: {first.get(False) or first.get(True) or 'outputs were empty or not finite'}"
     )
 
 

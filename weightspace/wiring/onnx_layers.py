@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from weightspace.errors import WiringError
 from weightspace.wiring.onnx_ops import Args, Node, State, bounded, numbers, op, optional, setting
@@ -162,7 +163,7 @@ def _resize(node: Node, args: Args, state: State) -> Tensor:
         if new == old and scale == 1:
             continue
         bounded([*x.shape[:axis], new, *x.shape[axis + 1 :]], node)
-        at = [_source(float(t), scale, old, new, where) for t in range(new)]
+        at = _sources(scale, old, new, where)
         if mode == "nearest":
             x = x.index_select(axis, torch.tensor([_nearest(a, old, rounding) for a in at]))
         else:
@@ -171,18 +172,21 @@ def _resize(node: Node, args: Args, state: State) -> Tensor:
     return x
 
 
-def _source(target: float, scale: float, old: int, new: int, where: str) -> float:
-    """The position in the input that an output position reads."""
-    if where == "align_corners":
-        return 0.0 if new == 1 else target * (old - 1) / (new - 1)
-    if where == "asymmetric":
-        return target / scale
-    if where == "pytorch_half_pixel" and new == 1:
-        return 0.0
-    if where == "half_pixel_symmetric":
-        centre = (old / 2) * (1 - new / (scale * old))
-        return centre + (target + 0.5) / scale - 0.5
-    return (target + 0.5) / scale - 0.5
+def _sources(scale: float, old: int, new: int, where: str) -> list[float]:
+    """The position in the input that each output position reads, in float32 as runtimes compute it."""
+    with _disable_current_modes():
+        target = torch.arange(new, dtype=torch.float32)
+        if where == "align_corners":
+            at = target * (old - 1) / max(1, new - 1)
+        elif where == "asymmetric":
+            at = target / scale
+        elif where == "pytorch_half_pixel" and new == 1:
+            at = torch.zeros_like(target)
+        else:
+            at = (target + 0.5) / scale - 0.5
+            if where == "half_pixel_symmetric":
+                at = at + (old / 2) * (1 - new / (scale * old))
+        return [float(a) for a in at.tolist()]
 
 
 def _nearest(at: float, size: int, rounding: str) -> int:

@@ -145,13 +145,17 @@ def _setting_names(graph: Any) -> set[str]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads graphs; ``repeated`` are names of tensors that several subgraphs use: their place tells them apart."""
+    """Reads graphs; ``repeated`` are tensor names that several subgraphs use, told apart by their place."""
 
     version: Mapping[str, int]
     stored: Mapping[str, Tensor]
     weights: dict[str, Tensor]
     settings: set[str]
     repeated: set[str]
+
+    def is_zero(self, name: str, constants: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
+        tensor = constants.get(name, self.weights.get(names.get(name, "")))
+        return tensor is not None and not bool(tensor.any())
 
     def graph(self, proto: Any, outer: Mapping[str, str], place: str, depth: int) -> Graph:
         if depth > MAX_DEPTH:
@@ -198,9 +202,12 @@ class _Reader:
                 else:
                     attributes[a.name] = _read_attribute(a)
             version = self.version.get(domain, 1)
-            nodes.append(
-                Node(n.op_type, domain, n.name, tuple(n.input), tuple(n.output), attributes, version)
-            )
+            taken = list(n.input)
+            if n.op_type in ("LSTM", "GRU", "RNN"):
+                for i in range(5, min(7, len(taken))):
+                    if self.is_zero(taken[i], constants, names):  # the default; a shared one would tie layers
+                        taken[i] = ""
+            nodes.append(Node(n.op_type, domain, n.name, tuple(taken), tuple(n.output), attributes, version))
         held = {t.name for t in proto.initializer}
         inputs = tuple(i.name for i in proto.input if i.name not in held)
         return Graph(tuple(nodes), inputs, tuple(o.name for o in proto.output), constants, names, proto.name)
