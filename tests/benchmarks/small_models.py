@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -249,6 +250,15 @@ class Shrinker:
     def fill(self, config: Any, changed: dict[str, Any]) -> None:
         """Sizes that a configuration leaves open."""
         changed |= {n: v for n, v in OPEN.items() if has(config, n) and getattr(config, n) is None}
+        heads = getattr(config, "num_attention_heads", None) if has(config, "num_attention_heads") else None
+        width = changed.get("hidden_size")
+        if (
+            isinstance(heads, int)
+            and isinstance(width, int)
+            and not has(config, "head_dim")
+            and width % heads
+        ):
+            changed["num_attention_heads"] = math.gcd(width, heads)
         for name in ("num_key_value_heads", "head_dim"):
             if has(config, name) and getattr(config, name) is None and has(config, "num_attention_heads"):
                 heads = changed.get("num_attention_heads", config.num_attention_heads)
@@ -275,7 +285,7 @@ class Shrinker:
             return value
         if isinstance(value, dict):
             return self.rope(value) if name.startswith("rope") or name == "rope_parameters" else value
-        if TOKENS.search(name) and isinstance(value, int | list):
+        if TOKENS.search(name) and not PER_TOKEN.match(name) and isinstance(value, int | list):
             return [self.token(v) for v in value] if isinstance(value, list) else self.token(value)
         if isinstance(value, list | tuple):
             return self.series(name, list(value), layers, kinds) if value else value
@@ -296,7 +306,7 @@ class Shrinker:
         return self.width(value) if WIDTHS.search(name) and "input_dim" not in name else value
 
     def width(self, value: Any) -> Any:
-        shrinks = isinstance(value, int) and value >= 8 * self.scale.width and value % self.scale.width == 0
+        shrinks = isinstance(value, int) and value >= 4 * self.scale.width and value % self.scale.width == 0
         return value // self.scale.width if shrinks else value
 
     def token(self, value: int) -> int:
@@ -387,7 +397,7 @@ def build(model_type: str) -> Small:
         raise RuntimeError("no model class is registered for this type")
     failures: list[str] = []
     for model_class in candidates[:5]:
-        for scale in SCALES:
+        for scale in scales(model_type, model_class):
             sections, experts = None, None
             for _ in range(3):
                 found = attempt(model_type, model_class, scale, sections, experts)
@@ -403,6 +413,17 @@ def build(model_type: str) -> Small:
                 else:
                     break
     raise RuntimeError(" | ".join(failures) or "no scale gave a model")
+
+
+def scales(model_type: str, model_class: Any) -> tuple[Scale, ...]:
+    """The scales to try; models that are large even at an eighth of their width start smaller."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        count = parameters(model_class, Shrinker(SCALES[0])(CONFIG_MAPPING[model_type]()))
+    except Exception:
+        return SCALES
+    return (Scale(32, 64), Scale(16, 64), *SCALES) if count > 6_000_000 else SCALES
 
 
 def attempt(
@@ -615,6 +636,8 @@ def attempts(module: Any, scale: Scale) -> Iterator[dict[str, Any]]:
         yield {**inputs, "pixel_values": torch.randn(2, 8, 3 * side * side)}
     if "returns_to_go" in signature:
         yield given(["states", "actions", "rewards", "returns_to_go", "timesteps", "attention_mask"])
+    if "input_ids" in signature and "pixel_values" in signature:
+        yield given([*wanted, "input_ids", "pixel_values"])  # a picture first: without one, half of it idles
     yield given(wanted)
     both = [
         name
