@@ -38,6 +38,7 @@ def test_architecture_falls_back_to_shapes() -> None:
     shapes = {"a": (3, 3), "b": (3,), "c": (2, 2, 3, 3), "d": (3, 4)}
     assert architecture(shapes, "not recognised", None) == "1 2-d kernel, 2 matrices, 1 vector"
     assert architecture(shapes, "catalogue:resnet", None) == "resnet"
+    assert architecture(shapes, "catalogue:resnet", None, ("recognised as ResNet-18",)) == "ResNet-18"
     assert architecture(shapes, "catalogue:resnet", {"architectures": ["BertModel"]}) == "BertModel"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ def card_and_wiring(checkpoint: Checkpoint, name: str | None = None) -> tuple[Ca
             tensors=len(shapes),
             bytes=int(checkpoint.nbytes),
             dtypes=tuple(f"{dtype} × {count}" for dtype, count in dtypes.most_common()),
-            architecture=architecture(shapes, recognised, checkpoint.config),
+            architecture=architecture(shapes, recognised, checkpoint.config, notes),
             recognised=recognised,
             wiring=status,
             error=error_found,
@@ -116,7 +116,10 @@ def card_and_wiring(checkpoint: Checkpoint, name: str | None = None) -> tuple[Ca
 
 
 def architecture(
-    shapes: Mapping[str, tuple[int, ...]], recognised: str, config: Mapping[str, Any] | None
+    shapes: Mapping[str, tuple[int, ...]],
+    recognised: str,
+    config: Mapping[str, Any] | None,
+    notes: Sequence[str] = (),
 ) -> str:
     """A short name for the architecture: from the config, the catalogue, or the shapes of the blocks."""
     if config:
@@ -125,6 +128,9 @@ def architecture(
             declared = declared[0]
         if isinstance(declared, str) and declared not in ("Model", "Functional", "Sequential"):
             return declared
+    for note in notes:
+        if note.startswith("recognised as "):  # the catalogue's own words
+            return note.removeprefix("recognised as ")
     if recognised.startswith(("catalogue:", "transformers:")):
         return recognised.split(":", 1)[1]
     kinds = Counter(

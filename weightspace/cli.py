@@ -172,8 +172,8 @@ def _demo(folder: Path, jobs: int | None) -> None:
     zoo = Zoo(folder)
     _show_report(zoo.index(jobs=jobs, progress=sys.stderr.isatty()))
     console.rule("3. what is similar to a permuted copy?")
-    copy = next(file for file in files if "cnn" in file.name and "permuted" in file.name)
-    _show_neighbours(copy.name, zoo.similar(copy, k=8))
+    copy = next(file for file in files if file.name.startswith("cnn-16-permuted"))
+    _show_neighbours(copy.name, zoo.similar(copy, k=6))
     console.rule("4. the card of its nearest neighbour")
     nearest = zoo.similar(copy, k=1)[0]
     _show_card(card.inspect(checkpoint.open(nearest.path), nearest.name))
@@ -247,7 +247,8 @@ def _show_neighbours(query: str, neighbours: list[Neighbour]) -> None:
         record = card.get("record") or {}
         relation = record.get("relation", "")
         if record.get("parent"):
-            relation = f"{relation} of {record['parent']}"
+            preposition = "from" if relation == "fine-tuned" else "of"
+            relation = f"{relation} {preposition} {record['parent']}"
         rows.append(
             (
                 f"{neighbour.distance:.6f}",
