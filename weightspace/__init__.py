@@ -39,15 +39,15 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from weightspace import errors
-    from weightspace.checkpoint import Checkpoint, open
-    from weightspace.graph import ParameterGraph, graph
-    from weightspace.wiring import wiring
-    from weightspace.wiring.axis import Axis, Factor
-    from weightspace.wiring.catalogue import Signature, Skeleton
-    from weightspace.wiring.program import Program
-    from weightspace.wiring.wiring import Wiring
-    from weightspace.zoo import Zoo
+    from weightspace import errors as errors
+    from weightspace.checkpoint import Checkpoint as Checkpoint, open as open
+    from weightspace.graph import ParameterGraph as ParameterGraph, graph as graph
+    from weightspace.wiring import wiring as wiring
+    from weightspace.wiring.axis import Axis as Axis, Factor as Factor
+    from weightspace.wiring.catalogue import Signature as Signature, Skeleton as Skeleton
+    from weightspace.wiring.program import Program as Program
+    from weightspace.wiring.wiring import Wiring as Wiring
+    from weightspace.zoo import Zoo as Zoo
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 
@@ -166,9 +167,7 @@ class Ledger:
         """Primitive free atoms fibred over ``a``."""
         found = {self.find(w) for w in a.wards}
         return [
-            w
-            for w in found
-            if w.form is None and not w.pinned and w.over and any(self.find(o) is a for o in w.over)
+            w for w in found if w.form is None and not w.pinned and w.over and any(self.find(o) is a for o in w.over)
         ]
 
     def _put_over(self, ward: Atom, indices: Iterable[Atom]) -> None:
@@ -232,9 +231,7 @@ class Ledger:
             row = start // inner
             if (stop - 1) // inner == row:
                 kept, cuts = self.cut([head], row, row + 1)
-                inside, more = self.cut(
-                    self.restrict(kept + rest, cuts), start - row * inner, stop - row * inner
-                )
+                inside, more = self.cut(self.restrict(kept + rest, cuts), start - row * inner, stop - row * inner)
                 return inside, cuts + more
             raise Irreconcilable
         return self._cut_atom(head, start, stop)
@@ -374,9 +371,7 @@ class Ledger:
                     self.collapse(a)
                     return [self.find(a)]
                 fresh = self.atom(a.size)
-                new_bounds = [max(bounds[j], start) - start for j in kept] + [
-                    min(bounds[kept[-1] + 1], stop) - start
-                ]
+                new_bounds = [max(bounds[j], start) - start for j in kept] + [min(bounds[kept[-1] + 1], stop) - start]
                 fresh.form = Family(new_index[0], tuple(new_bounds), tuple(members[j] for j in kept))
                 return [fresh]
             dims = [self._restrict(m, index, start, stop, into) for m in a.form.members]
@@ -384,10 +379,7 @@ class Ledger:
                 return [a]
             return self._family_of_dims(a.form, dims)
         if isinstance(a.form, Sum):
-            parts = [
-                [x for p in part for x in self._restrict(p, index, start, stop, into)]
-                for part in a.form.parts
-            ]
+            parts = [[x for p in part for x in self._restrict(p, index, start, stop, into)] for part in a.form.parts]
             same = all(
                 len(q) == len(self.normal(p)) and all(x is y for x, y in zip(q, self.normal(p), strict=True))
                 for p, q in zip(a.form.parts, [self.normal(q) for q in parts], strict=True)
@@ -632,7 +624,7 @@ class Ledger:
 
     def _unify_sums(self, a: Atom, b: Atom, why: str) -> None:
         marks = sorted(self._marks(a) | self._marks(b) | {0, a.size})
-        for lo, hi in zip(marks, marks[1:], strict=False):
+        for lo, hi in pairwise(marks):
             x, _ = self.cut([a], lo, hi)
             y, _ = self.cut([b], lo, hi)
             self.unify(x, y, why)
@@ -685,9 +677,7 @@ class Ledger:
         atoms = [a for d in dims for a in self.normal(d)]
         for _ in range(64):
             loose = [
-                a
-                for a in atoms
-                if isinstance(a.form, Family) and not any(x is self.find(a.form.index) for x in atoms)
+                a for a in atoms if isinstance(a.form, Family) and not any(x is self.find(a.form.index) for x in atoms)
             ]
             if not loose:
                 break
@@ -719,13 +709,11 @@ class Ledger:
                     if inside:
                         self._observe(others + inside, set(inside), implied)
 
-    def _observe_family(
-        self, atoms: Dim, index: Atom, family: Family, update: set[Atom], implied: set[Atom]
-    ) -> None:
+    def _observe_family(self, atoms: Dim, index: Atom, family: Family, update: set[Atom], implied: set[Atom]) -> None:
         # Position by position along the index, every family over it is one of its members.
         if not isinstance(index.form, Sum):
             return
-        for lo, hi in zip(family.bounds, family.bounds[1:], strict=False):
+        for lo, hi in pairwise(family.bounds):
             try:
                 part, cuts = self.cut([index], lo, hi)
             except Irreconcilable:

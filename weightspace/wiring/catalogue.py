@@ -161,7 +161,7 @@ def program_from_skeleton(family: str, skeleton: Skeleton, checkpoint: Checkpoin
     )
     tensors = {}
     for name, own in program.tensors.items():
-        value = checkpoint[name] if name in checkpoint else own
+        value = checkpoint.get(name, own)
         tensors[name] = value.to(own.dtype) if value.dtype != own.dtype else value
     notes = (f"recognised as {skeleton.name}",)
     missing = [n for n in tensors if n not in checkpoint]

@@ -8,6 +8,7 @@ same size in a way that would allow a skip connection to tie them unseen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from weightspace.wiring.axis import Factor, Segment
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def wiring_from_order(checkpoint: Checkpoint) -> Wiring | None:
-    """A chain ``(out, in, *kernel)`` or ``(in, out)`` through all matrices in file order; None where sizes do not fit."""
+    """A chain of ``(out, in, *kernel)`` or ``(in, out)`` in file order; None where sizes do not fit."""
     shapes = {n: tuple(checkpoint.shape(n)) for n in checkpoint if checkpoint.dtype(n).is_floating_point}
     weights = [n for n, s in shapes.items() if len(s) >= 2]
     if not weights:
         return None
     for transposed in (False, True):
         sides = [_sides(shapes[n], transposed) for n in weights]
-        if all(a[0] == b[1] for a, b in zip(sides, sides[1:], strict=False)):
+        if all(a[0] == b[1] for a, b in pairwise(sides)):
             return _chain(shapes, weights, sides, transposed)
     return None
 

@@ -123,9 +123,7 @@ def covering(found: Wiring, checkpoint: Checkpoint) -> Wiring:
         shape = tuple(checkpoint.shape(name))
         groups = []
         for d, n in enumerate(shape):
-            factor = Factor(
-                f"{name}.{d}" if len(shape) > 1 else name, n, True, (), "takes no part in the function"
-            )
+            factor = Factor(f"{name}.{d}" if len(shape) > 1 else name, n, True, (), "takes no part in the function")
             unique, k = factor.name, 2
             while unique in factors:
                 unique, k = f"{factor.name}~{k}", k + 1

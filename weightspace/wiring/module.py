@@ -48,9 +48,7 @@ def program_from_module(
     return Program(tensors, run, tuple(args), dict(kwargs or {}), origin)
 
 
-def _share(
-    state: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor], back: Mapping[str, str]
-) -> None:
+def _share(state: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor], back: Mapping[str, str]) -> None:
     """Tied weights stay one object, so that the trace sees one tensor under two names."""
     first: dict[int, torch.Tensor] = {}
     for name, key in back.items():
@@ -66,9 +64,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """
     training = [m for m in module.modules() if m.training]
     configs = {
-        id(c): c
-        for m in module.modules()
-        if hasattr(c := getattr(m, "config", None), "_experts_implementation")
+        id(c): c for m in module.modules() if hasattr(c := getattr(m, "config", None), "_experts_implementation")
     }
     previous = {k: c._experts_implementation for k, c in configs.items()}
     for m in training:
@@ -90,8 +86,7 @@ def _guess(module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     candidates: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     if isinstance(dummy, dict):
         candidates.append(((), {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}))
-    for x in _shapes_for(module):
-        candidates.append(((x,), {}))
+    candidates += [((x,), {}) for x in _shapes_for(module)]
     errors: list[str] = []
     with evaluating(module), torch.no_grad():
         for args, kwargs in candidates:

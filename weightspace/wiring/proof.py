@@ -87,9 +87,7 @@ def _redrawn(tensors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.
     for name, t in tensors.items():
         if t.is_floating_point() and t.dim() >= 2 and t.numel():
             fan = max(1, t[0].numel())
-            out[name] = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) * (
-                1.4 / fan**0.5
-            )
+            out[name] = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) * (1.4 / fan**0.5)
         elif t.is_floating_point() and t.dim() == 1 and t.numel() and float(t.abs().max()) > 10:
             out[name] = (t / t.abs().max()).to(t.dtype)
     return out
@@ -112,9 +110,7 @@ def run(program: Program, tensors: Mapping[str, torch.Tensor], dtype: torch.dtyp
             torch.set_rng_state(state)
     found = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.numel()]
     if not found:
-        raise WiringError(
-            f"the network ({program.origin}) returned no tensor, so there is nothing to compare"
-        )
+        raise WiringError(f"the network ({program.origin}) returned no tensor, so there is nothing to compare")
     return [x.detach().clone() for x in found]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from weightspace.wiring.algebra import Atom, Dim, Family, Irreconcilable, Ledger, Sum, size_of
 from weightspace.wiring.axis import Factor, Segment
@@ -23,9 +24,7 @@ def resolve(trace: Trace, program: Program) -> Wiring:
     names, order = _names(raw)
     over = _fibres(ledger, raw, order)
     factors = {
-        names[a]: Factor(
-            names[a], a.size, a.pinned, tuple(names[o] for o in over[a]) if not a.pinned else (), a.reason
-        )
+        names[a]: Factor(names[a], a.size, a.pinned, tuple(names[o] for o in over[a]) if not a.pinned else (), a.reason)
         for a in order
     }
     layouts: dict[str, Layout] = {}
@@ -112,10 +111,8 @@ def _expand(ledger: Ledger, cursors: tuple[_Cursor, ...]) -> list[_RawBlock]:
         if isinstance(a.form, Family):
             index = ledger.find(a.form.index)
             if any(x is index for x in atoms):
-                ranges = list(zip(a.form.bounds, a.form.bounds[1:], strict=False))
-                return [
-                    b for lo, hi in ranges for b in _expand(ledger, _narrow(ledger, cursors, index, lo, hi))
-                ]
+                ranges = list(pairwise(a.form.bounds))
+                return [b for lo, hi in ranges for b in _expand(ledger, _narrow(ledger, cursors, index, lo, hi))]
     for a in atoms:
         if isinstance(a.form, Sum):
             out: list[_RawBlock] = []
@@ -133,16 +130,13 @@ def _expand(ledger: Ledger, cursors: tuple[_Cursor, ...]) -> list[_RawBlock]:
             # Its index is not in this tensor: the members must be one.
             ledger.collapse(a)
             fresh = tuple(
-                (start, tuple(y for x, s in items for y in _strided(ledger.normal([x]), s)))
-                for start, items in cursors
+                (start, tuple(y for x, s in items for y in _strided(ledger.normal([x]), s))) for start, items in cursors
             )
             return _expand(ledger, fresh)
     return [cursors]
 
 
-def _narrow(
-    ledger: Ledger, cursors: tuple[_Cursor, ...], atom: Atom, lo: int, hi: int
-) -> tuple[_Cursor, ...]:
+def _narrow(ledger: Ledger, cursors: tuple[_Cursor, ...], atom: Atom, lo: int, hi: int) -> tuple[_Cursor, ...]:
     piece, cuts = ledger.cut([atom], lo, hi)
     if not cuts and size_of(piece) != hi - lo:
         raise Irreconcilable
@@ -192,9 +186,7 @@ def _names(raw: Mapping[str, list[_RawGroup]]) -> tuple[dict[Atom, str], list[At
     return names, order
 
 
-def _fibres(
-    ledger: Ledger, raw: Mapping[str, list[_RawGroup]], order: Sequence[Atom]
-) -> dict[Atom, tuple[Atom, ...]]:
+def _fibres(ledger: Ledger, raw: Mapping[str, list[_RawGroup]], order: Sequence[Atom]) -> dict[Atom, tuple[Atom, ...]]:
     """What each free atom is fibred over: acyclic, and present beside it in every tensor that has it."""
     known = {a: i for i, a in enumerate(order)}
     over: dict[Atom, set[Atom]] = {
@@ -205,9 +197,7 @@ def _fibres(
         fixed = [_common([{a for _, items in b for a, _ in items} for b in blocks]) for _, blocks in groups]
         i = 0
         for g, (_, blocks) in enumerate(groups):
-            outside = (
-                set().union(*(fixed[h] for h in range(len(groups)) if h != g)) if len(groups) > 1 else set()
-            )
+            outside = set().union(*(fixed[h] for h in range(len(groups)) if h != g)) if len(groups) > 1 else set()
             for block in blocks:
                 here = everywhere[i] | outside
                 seen: dict[Atom, int] = {}

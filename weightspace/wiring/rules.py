@@ -113,7 +113,13 @@ def _varying(t: Tracer, o: torch.Tensor) -> list[Dim]:
 
 
 CREATION: dict[str, Callable[[Tracer, torch.Tensor], list[Dim]]] = {
-    **{n: (lambda t, o: t.by_value(o)) for n in ("scalar_tensor", "full", "zeros", "ones", "arange", "linspace", "eye", "range", "logspace", "tril_indices", "triu_indices", "_efficientzerotensor")},
+    **{
+        n: (lambda t, o: t.by_value(o))
+        for n in (
+            "scalar_tensor", "full", "zeros", "ones", "arange", "linspace", "eye", "range", "logspace", "tril_indices",
+            "triu_indices", "_efficientzerotensor",
+        )
+    },
     **{n: (lambda t, o: t.fresh(o.shape)) for n in ("empty", "empty_strided", "empty_permuted")},
     **dict.fromkeys(("rand", "randn", "randint", "randperm", "normal", "bernoulli"), _varying),
 }  # fmt: skip
@@ -205,7 +211,7 @@ def _weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         t.unify(a, b)
     norm = [dim if k == d else [] for k, dim in enumerate(v)]
     t.observe(norm)
-    return [v, [dim for dim in norm] if out[1].dim() == len(v) else [v[d]]]
+    return [v, list(norm) if out[1].dim() == len(v) else [v[d]]]
 
 
 @rule("glu")
@@ -299,9 +305,7 @@ def _reduce(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         keep = o.dim() == x.dim()
         label = Label([([] if keep else None) if d in axes else dims[d] for d in range(x.dim())])  # type: ignore[misc]
         label.dims = [d for d in label.dims if d is not None]
-        if (t.op.rstrip("_").endswith(("argmax", "argmin")) or (k == 1 and t.op in _WITH_INDEX)) and len(
-            axes
-        ) == 1:
+        if (t.op.rstrip("_").endswith(("argmax", "argmin")) or (k == 1 and t.op in _WITH_INDEX)) and len(axes) == 1:
             label.domain = dims[axes[0]]
         results.append(label)
     return results
@@ -320,9 +324,7 @@ def _softmax(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 def _ordered(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """Order along the dim matters."""
     x = args[0]
-    dim = (
-        args[2] if t.op == "aten.roll" and len(args) > 2 else args[1] if len(args) > 1 else kwargs.get("dim")
-    )
+    dim = args[2] if t.op == "aten.roll" and len(args) > 2 else args[1] if len(args) > 1 else kwargs.get("dim")
     dims = t.dims(x)
     for d in _norm_axes(x.dim(), dim):
         t.pin(dims[d], f"order matters ({t.op})")
@@ -366,7 +368,7 @@ def _layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 def _group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x, weight, bias, groups = args[0], args[1], args[2], args[6]
     dims = t.dims(x)
-    group, inside = t.ledger.factor_dim(dims[1], groups)
+    group, _ = t.ledger.factor_dim(dims[1], groups)
     for affine in (weight, bias):
         if affine is not None:
             t.unify(dims[1], t.dims(affine)[0])
@@ -640,10 +642,7 @@ def _stack(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     tensors = args[0]
     d = _arg(args, kwargs, 1, "dim", 0) % out.dim()
     dims = [t.dims(x) for x in tensors]
-    same = all(
-        all(t.ledger.normal(a) == t.ledger.normal(b) for a, b in zip(dims[0], x, strict=True))
-        for x in dims[1:]
-    )
+    same = all(all(t.ledger.normal(a) == t.ledger.normal(b) for a, b in zip(dims[0], x, strict=True)) for x in dims[1:])
     if same:
         new = t.ledger.dim(len(tensors), pinned=True, reason="stacked positions")
         result = dims[0]
@@ -725,9 +724,7 @@ def _as_strided(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 @rule("diagonal", "diag_embed", "trace")
 def _diagonal(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     x = args[0]
-    offset, d1, d2 = (
-        _arg(args, kwargs, i, n, v) for i, n, v in ((1, "offset", 0), (2, "dim1", 0), (3, "dim2", 1))
-    )
+    offset, d1, d2 = (_arg(args, kwargs, i, n, v) for i, n, v in ((1, "offset", 0), (2, "dim1", 0), (3, "dim2", 1)))
     if t.op != "aten.diagonal" or offset != 0 or x.shape[d1] != x.shape[d2]:
         return unknown(t, func, args, kwargs, out)
     dims = t.dims(x)
@@ -762,10 +759,7 @@ def _pool(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     dims = t.dims(x)
     rank = next(r for r in (1, 2, 3) if f"{r}d" in t.op)
     t.pin(dims[-rank:], "spatial positions")
-    results = []
-    for o in _outs(out):
-        results.append([*dims[:-rank], *t.fresh(o.shape[-rank:], "spatial positions", pinned=True)])
-    return results
+    return [[*dims[:-rank], *t.fresh(o.shape[-rank:], "spatial positions", pinned=True)] for o in _outs(out)]
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d", "_grid_sampler_2d_cpu_fallback", "grid_sampler")
@@ -862,11 +856,7 @@ def _as_range(index: torch.Tensor, size: int) -> tuple[int, int] | None:
         return None
     values = [v + size if v < 0 else v for v in index.tolist()]
     start = values[0]
-    return (
-        (start, start + len(values))
-        if values == list(range(start, start + len(values))) and start >= 0
-        else None
-    )
+    return (start, start + len(values)) if values == list(range(start, start + len(values))) and start >= 0 else None
 
 
 def _masked_index(t: Tracer, dims: list[Dim], indices: Sequence[Any], out: torch.Tensor) -> list[Dim]:

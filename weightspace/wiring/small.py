@@ -102,9 +102,7 @@ LAYERS = re.compile(
 )
 TOKENS = re.compile(r"(token_ids?|token_index|_token|_index|mask_index)$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)$")
-PER_TOKEN = re.compile(
-    r"^(num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|num_selected_experts)$"
-)
+PER_TOKEN = re.compile(r"^(num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|num_selected_experts)$")
 FIXED: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
@@ -220,9 +218,7 @@ class Shrinker:
         wanted = len(getattr(config, "out_indices", None) or [4])
         features = ["stage1", "stage2", "stage3", "stage4"][-wanted:]
         widths = [self.width(w) for w in (256, 512, 1024, 2048)]
-        return ResNetConfig(
-            depths=[1, 1, 1, 1], hidden_sizes=widths, embedding_size=16, out_features=features
-        )
+        return ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=widths, embedding_size=16, out_features=features)
 
     def stages(self, config: Any, kinds: list[int], changed: dict[str, Any]) -> None:
         """Has a backbone hand out its last stages, as many as before."""
@@ -514,24 +510,14 @@ def draw(name: str, config: Any, scale: Scale) -> Any:
         case "bbox":
             corner = torch.randint(0, 50, (2, 8, 2))
             return torch.cat([corner, corner + 10], -1)
-        case (
-            "past_values"
-            | "past_observed_mask"
-            | "past_time_features"
-            | "future_values"
-            | "future_time_features"
-        ):
+        case "past_values" | "past_observed_mask" | "past_time_features" | "future_values" | "future_time_features":
             return series(name, config)
         case "flattened_patches":
-            return torch.cat(
-                [torch.ones(2, 8, 2), torch.randn(2, 8, lookup(config, "patch_embed_hidden_size"))], -1
-            )
+            return torch.cat([torch.ones(2, 8, 2), torch.randn(2, 8, lookup(config, "patch_embed_hidden_size"))], -1)
         case "grid_thw" | "image_grid_thw":
             return torch.tensor([[1, 4, 4], [1, 4, 4]])
         case "input_features_mask":
-            return torch.ones(
-                2, 2 * int(lookup(config, "max_source_positions", default=64)), dtype=torch.long
-            )
+            return torch.ones(2, 2 * int(lookup(config, "max_source_positions", default=64)), dtype=torch.long)
         case "qformer_input_ids":
             return words
         case "spatial_shapes":

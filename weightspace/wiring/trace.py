@@ -310,9 +310,7 @@ class Tracer(TorchDispatchMode):
         (tensor, _), (name, dims) = self._operands[0], sources[0]
         op = self.op.removeprefix("aten.")
         if op in ("t", "transpose", "permute"):
-            moved = {"t": lambda: (1, 0) if len(dims) == 2 else (0,), "permute": lambda: self._args[1]}.get(
-                op
-            )
+            moved = {"t": lambda: (1, 0) if len(dims) == 2 else (0,), "permute": lambda: self._args[1]}.get(op)
             if moved is None:
                 index = list(range(len(dims)))
                 i, j = self._args[1], self._args[2]
@@ -359,9 +357,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _is_dims(result: Any) -> bool:
-    return isinstance(result, list) and all(
-        isinstance(d, list) and all(hasattr(a, "form") for a in d) for d in result
-    )
+    return isinstance(result, list) and all(isinstance(d, list) and all(hasattr(a, "form") for a in d) for d in result)
 
 
 def _mutated(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -386,19 +382,13 @@ def _call(func: Any, tensors: Sequence[torch.Tensor], args: Any, kwargs: Any) ->
         device = kwargs.get("device")
         if device is not None and torch.device(device).type != "meta":
             kwargs = {**kwargs, "device": torch.device("meta")}
-    elif (
-        "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta"
-    ):
+    elif "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta":
         kwargs = {**kwargs, "device": torch.device("cpu")}
     return func(*args, **kwargs)
 
 
 def _to_meta(x: Any) -> Any:
-    return (
-        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        if isinstance(x, torch.Tensor)
-        else x
-    )
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
 
 
 @contextlib.contextmanager
@@ -420,7 +410,8 @@ _POINTWISE = {
     "_conj", "_neg_view", "relu", "lerp", "clamp", "nan_to_num", "native_dropout", "dropout", "bernoulli",
     "contiguous", "_prelu_kernel", "_fw_primal", "hardswish", "log_sigmoid_forward", "special_erf",
     "special_i0", "special_expit", "special_log1p", "polar", "complex", "real", "imag", "floor_divide", "rsub",
-    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "rrelu_with_noise", "_conj_physical", "resolve_conj", "to",
+    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "rrelu_with_noise",
+    "_conj_physical", "resolve_conj", "to",
 }  # fmt: skip
 
 

@@ -89,9 +89,7 @@ def _class_for(config: Any, shapes: Mapping[str, tuple[int, ...]] | None) -> Any
                 state = cls(config).state_dict()
         except (RuntimeError, ValueError, TypeError, AttributeError):
             return -1
-        return sum(shapes.get(n) == tuple(t.shape) for n, t in state.items()) - sum(
-            n not in shapes for n in state
-        )
+        return sum(shapes.get(n) == tuple(t.shape) for n, t in state.items()) - sum(n not in shapes for n in state)
 
     return max(candidates, key=fit)
 
@@ -133,8 +131,7 @@ def _program(module: nn.Module, config: Any, origin: str, rename: Mapping[str, s
     if next(module.parameters()).device.type == "meta":
         from weightspace.wiring.small import attempts
 
-        for kwargs in attempts(module, SCALES[0]):
-            break
+        kwargs = next(attempts(module, SCALES[0]), None)
     else:
         kwargs, reason = settle(module, SCALES[0])
     if kwargs is None:
@@ -160,9 +157,7 @@ def _rename(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str, str]:
         if name is None:
             continue
         if tuple(checkpoint.shape(name)) != tuple(value.shape):
-            wrong.append(
-                f"{name} is {tuple(checkpoint.shape(name))}, the config makes it {tuple(value.shape)}"
-            )
+            wrong.append(f"{name} is {tuple(checkpoint.shape(name))}, the config makes it {tuple(value.shape)}")
         elif name != key:
             out[key] = name
     known = {out.get(k, k) for k in state}
@@ -171,7 +166,8 @@ def _rename(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str, str]:
         raise WiringError(f"the tensors do not fit config.json: {'; '.join(wrong[:3])}")
     if len(extra) > 0.5 * len(names):
         raise WiringError(
-            f"{len(extra)} of {len(names)} tensors, first {extra[0]!r}, are not in {type(module).__name__}, which config.json names"
+            f"{len(extra)} of {len(names)} tensors, first {extra[0]!r}, are not in "
+            f"{type(module).__name__}, which config.json names"
         )
     return out
 
@@ -187,11 +183,7 @@ def _with_values(program: Program, checkpoint: Checkpoint | None) -> Program:
     lost = [n for n, t in program.tensors.items() if id(t) not in first]
     # A head that the file lacks (a base model's checkpoint) keeps its random values and stays out of the wiring's file.
     tensors = {n: first.get(id(t), t) for n, t in program.tensors.items()}
-    notes = (
-        (*program.notes, f"not in the file, drawn at random: {', '.join(lost[:4])}")
-        if lost
-        else program.notes
-    )
+    notes = (*program.notes, f"not in the file, drawn at random: {', '.join(lost[:4])}") if lost else program.notes
     return replace(program, tensors=tensors, notes=notes)
 
 
@@ -232,9 +224,7 @@ def prove_on_twin(found: Wiring, config: Any, cls: Any, rename: Mapping[str, str
         if unlike:
             failures.append(f"width / {scale.width}: wired otherwise at {unlike}")
             continue
-        proof = replace(
-            twin.proof, on=f"a small twin ({sum(p.numel() for p in module.parameters()):,} parameters)"
-        )
+        proof = replace(twin.proof, on=f"a small twin ({sum(p.numel() for p in module.parameters()):,} parameters)")
         return found.with_(status="proved", proof=proof)
     return found.with_(notes=(*found.notes, f"no small twin could prove it: {'; '.join(failures)}"))
 

@@ -157,9 +157,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         try:
             return self._tensors[name]
         except KeyError:
-            raise KeyError(
-                f"the wiring has no tensor {name!r}; it has {', '.join(list(self)[:5])} …"
-            ) from None
+            raise KeyError(f"the wiring has no tensor {name!r}; it has {', '.join(list(self)[:5])} …") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -255,8 +253,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         """A copy in which the named factors may not move."""
         chosen = set(names)
         factors = {
-            n: replace(f, pinned=True, over=(), reason=reason) if n in chosen else f
-            for n, f in self.factors.items()
+            n: replace(f, pinned=True, over=(), reason=reason) if n in chosen else f for n, f in self.factors.items()
         }
         return self.with_(factors=factors)
 
@@ -275,8 +272,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
             f"Wiring({self.origin}, {self.status}: {len(self)} tensors, {len(self.axes)} axes, "
             f"{len(free)} free factors, {len(fibred)} fibred, {self.movable_share:.1%} of parameters movable)"
         ]
-        for name in list(self)[:6]:
-            lines.append(f"  {name}: ({', '.join(map(repr, self[name]))})")
+        lines += [f"  {name}: ({', '.join(map(repr, self[name]))})" for name in list(self)[:6]]
         if len(self) > 6:
             lines.append(f"  … {len(self) - 6} more")
         return "\n".join(lines)
@@ -355,9 +351,7 @@ def _addresses(block: Block, perm: Permutation) -> tuple[list[torch.Tensor], lis
     targets, origins = [], []
     for d, segment in enumerate(block):
         target = origin = torch.full((), segment.start, dtype=torch.long)
-        for k, (f, stride, size) in enumerate(
-            zip(segment.factors, segment.strides, segment.sizes, strict=True)
-        ):
+        for k, (f, stride, size) in enumerate(zip(segment.factors, segment.strides, segment.sizes, strict=True)):
             axis = places.index((d, k))
             steps = spread(torch.arange(size), [axis])
             target = target + stride * steps
@@ -389,9 +383,7 @@ def _axes(
         row: list[Axis | None] = [None] * len(shapes[tensor])
         for group in layout:
             for k, d in enumerate(group.dims):
-                segments = tuple(
-                    dict.fromkeys((b[k].start, b[k].factors, b[k].strides) for b in group.blocks)
-                )
+                segments = tuple(dict.fromkeys((b[k].start, b[k].factors, b[k].strides) for b in group.blocks))
                 key = (shapes[tensor][d], segments)
                 axis = known.get(key)
                 if axis is None:
