@@ -1,0 +1,89 @@
+"""Writing safetensors and ``.pt``: to a temporary name in the same folder, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from weightspace.checkpoint.dtypes import SAFETENSORS
+from weightspace.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from weightspace.checkpoint.checkpoint import Checkpoint
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
+_LONGEST_METADATA = 1 << 20
+
+
+def save(checkpoint: Checkpoint, path: Path) -> Path:
+    """Write ``checkpoint`` to ``path`` in the format of its suffix."""
+    writers: dict[str, Callable[[Checkpoint, BinaryIO], None]] = {
+        ".safetensors": _safetensors,
+        ".pt": _torch,
+        ".pth": _torch,
+    }
+    write = writers.get(path.suffix)
+    if write is None:
+        raise CheckpointError(f"{path}: the suffix {path.suffix!r} is none of {', '.join(writers)}; use one of them")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} is not there; make it first")
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def _safetensors(checkpoint: Checkpoint, file: BinaryIO) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **_texts(checkpoint)}}
+    at = 0
+    for name in checkpoint:
+        dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
+        if dtype not in _NAMES:
+            raise CheckpointError(f"safetensors cannot hold {dtype} ({name!r}); save as .pt instead")
+        if name == "__metadata__":
+            raise CheckpointError("safetensors cannot hold a tensor called '__metadata__'; rename it or save as .pt")
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in checkpoint:
+        tensor = checkpoint[name].contiguous().reshape(-1)
+        if tensor.numel():
+            file.write(memoryview(tensor.view(torch.uint8).numpy()))
+
+
+def _torch(checkpoint: Checkpoint, file: BinaryIO) -> None:
+    # Contiguous copies: a slice would otherwise drag its whole storage along.
+    torch.save({name: checkpoint[name].contiguous() for name in checkpoint}, file)
+
+
+def _texts(checkpoint: Checkpoint) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for key, value in checkpoint.metadata.items():
+        try:
+            text = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError):
+            continue
+        if len(text) <= _LONGEST_METADATA:
+            texts[key] = text
+    return texts
