@@ -1,0 +1,170 @@
+"""Statistics of every block of a graph, streamed from the file in small chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import inf, isfinite, sqrt
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from weightspace.graph.layout import Vector
+    from weightspace.graph.parameter_graph import ParameterGraph
+
+# Elements taken at once: in float32 they stay in a core's cache.
+_CHUNK = 1 << 17
+# Below this a second thread costs more than it saves.
+_ALONE = 1 << 20
+_MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the finite elements of a block; ``nan`` and ``infinite`` count the others.
+
+    ``std`` is that of the population (divided by the count); ``norm`` is the Frobenius norm, ``rms`` is
+    ``norm / sqrt(count)``. All are NaN where no element is finite.
+    """
+
+    count: int
+    mean: float
+    std: float
+    rms: float
+    norm: float
+    abs_max: float
+    min: float
+    max: float
+    nan: int = 0
+    infinite: int = 0
+
+
+def statistics(graph: ParameterGraph, workers: int | None = None) -> dict[str, Statistics]:
+    """Statistics of every block, vector and value of a graph, by label, in the order of the tensors.
+
+    Each tensor is read once, in chunks of half a megabyte per worker (``workers`` threads, by default one per
+    core up to 8); of a file that can be mapped nothing else is held. Sums are float32 within a chunk (float64
+    for float64 and integers) and float64 between chunks: about 1e-6 relative. A complex tensor is read as
+    its real and imaginary parts.
+    """
+    parts: dict[str, list[Vector]] = {}
+    for part in (*graph.blocks, *graph.vectors):
+        parts.setdefault(part.tensor, []).append(part)
+    out: dict[str, Statistics] = {}
+    workers = workers or min(os.cpu_count() or 1, _MAX_WORKERS)
+    with ThreadPoolExecutor(workers, thread_name_prefix="statistics") as pool:
+        for name in graph.shapes:
+            tensor = graph.real(name)
+            for label, view in [(p.label, p.view(tensor)) for p in parts.get(name, ())] or [(name, tensor)]:
+                out[label] = _of(view, pool, workers)
+    return out
+
+
+@dataclass
+class _Sums:
+    """Sums over elements shifted by ``pivot``, so that a large mean does not eat the variance."""
+
+    pivot: float = 0.0
+    count: int = 0
+    nan: int = 0
+    infinite: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    low: float = inf
+    high: float = -inf
+
+    def add(self, chunk: torch.Tensor) -> None:
+        """Take in a contiguous flat chunk of float32 or float64."""
+        low, high = (float(v) for v in torch.aminmax(chunk))
+        if not (isfinite(low) and isfinite(high)):
+            nan = int(torch.isnan(chunk).sum())
+            finite = chunk[torch.isfinite(chunk)]
+            self.nan += nan
+            self.infinite += chunk.numel() - finite.numel() - nan
+            if finite.numel():
+                self.add(finite)
+            return
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.count += chunk.numel()
+        if self.pivot:
+            chunk = chunk - self.pivot
+        total, squares = float(chunk.sum()), float(torch.dot(chunk, chunk))
+        # float32 overflows at values of 1e19, and loses squares of values below 1e-19.
+        if not isfinite(squares) or not isfinite(total) or squares < chunk.numel() * 1e-30:
+            wide = chunk.double()
+            total, squares = float(wide.sum()), float(torch.dot(wide, wide))
+        self.total += total
+        self.squares += squares
+
+
+def _of(view: torch.Tensor, pool: ThreadPoolExecutor, workers: int) -> Statistics:
+    if not view.numel():
+        nan = float("nan")
+        return Statistics(0, nan, nan, nan, 0.0, nan, nan, nan)
+    chunks = _chunks(view)
+    pivot = _pivot(_flat(chunks[0]))
+
+    def run(some: Sequence[torch.Tensor]) -> _Sums:
+        sums = _Sums(pivot)
+        for chunk in some:
+            sums.add(_flat(chunk))
+        return sums
+
+    if view.numel() < _ALONE or workers == 1:
+        return _result([run(chunks)])
+    # Neighbouring chunks in turn: the threads read the file side by side.
+    return _result(list(pool.map(run, [chunks[i::workers] for i in range(workers)])))
+
+
+def _chunks(view: torch.Tensor) -> list[torch.Tensor]:
+    """Slices of at most ``_CHUNK`` elements, none of them copied."""
+    if view.is_contiguous():
+        return list(view.reshape(-1).split(_CHUNK))
+    # The longest-strided dims first, so that the file is read in order.
+    view = view.permute(sorted(range(view.dim()), key=view.stride().__getitem__, reverse=True))
+    out, queue = [], [view]
+    while queue:
+        part = queue.pop()
+        if part.numel() <= _CHUNK:
+            out.append(part)
+            continue
+        d = next(d for d, n in enumerate(part.shape) if n > 1)
+        rows = max(1, _CHUNK * part.shape[d] // part.numel())
+        queue += reversed(part.split(rows, d))
+    return out
+
+
+def _flat(chunk: torch.Tensor) -> torch.Tensor:
+    if chunk.dtype in (torch.float32, torch.bfloat16, torch.float16) or chunk.dtype.itemsize == 1:
+        return chunk.to(torch.float32).reshape(-1)
+    return chunk.to(torch.float64).reshape(-1)
+
+
+def _pivot(chunk: torch.Tensor) -> float:
+    finite = chunk[torch.isfinite(chunk)].double()
+    if not finite.numel():
+        return 0.0
+    mean = float(finite.mean())
+    spread = float(finite.std(correction=0))
+    return float(torch.tensor(mean, dtype=chunk.dtype)) if abs(mean) > 3 * spread else 0.0
+
+
+def _result(found: Sequence[_Sums]) -> Statistics:
+    count = sum(s.count for s in found)
+    nan, infinite = sum(s.nan for s in found), sum(s.infinite for s in found)
+    if not count:
+        none = float("nan")
+        return Statistics(0, none, none, none, none, none, none, none, nan, infinite)
+    pivot = found[0].pivot
+    shift = sum(s.total for s in found) / count
+    square = sum(s.squares for s in found) / count
+    mean = pivot + shift
+    rms = sqrt(max(0.0, square + 2 * pivot * shift + pivot * pivot))
+    low, high = min(s.low for s in found), max(s.high for s in found)
+    return Statistics(
+        count, mean, sqrt(max(0.0, square - shift * shift)), rms, rms * sqrt(count), max(-low, high, 0.0), low, high,
+        nan, infinite,
+    )  # fmt: skip
