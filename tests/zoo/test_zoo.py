@@ -135,17 +135,27 @@ def test_a_link_out_of_the_zoo_is_not_followed(folder: Path, tmp_path: Path) -> 
 def test_a_folder_that_cannot_be_written_to_is_indexed_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weightspace.zoo import zoo as module
-
     monkeypatch.setenv("WEIGHTSPACE_CACHE", str(tmp_path / "cache"))
-    # Root may write anywhere, so the permission bits alone would not make the folder read-only.
-    writable = module._writable
-    monkeypatch.setattr(module, "_writable", lambda path: path != folder and writable(path))
+    folder.chmod(0o555)
     zoo = ws.Zoo(folder)
     report = zoo.index(jobs=1, progress=False)
     assert report.index.is_relative_to(tmp_path / "cache")
     assert not (folder / ".weightspace").exists()
     assert ws.Zoo(folder).similar("net-1.safetensors", k=1)[0].distance < 1e-5
+    folder.chmod(0o755)
+
+
+def test_an_index_that_came_along_with_a_read_only_folder_can_be_asked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEIGHTSPACE_CACHE", str(tmp_path / "cache"))
+    ws.Zoo(folder).index(jobs=1, progress=False)
+    folder.chmod(0o555)
+    zoo = ws.Zoo(folder)
+    assert zoo.index_folder == folder / ".weightspace"
+    assert zoo.similar("net-1.safetensors", k=1)[0].distance < 1e-5
+    assert zoo.index(jobs=1, progress=False).index.is_relative_to(tmp_path / "cache")
+    folder.chmod(0o755)
 
 
 def test_two_at_once_are_told_apart(folder: Path) -> None:

@@ -78,12 +78,12 @@ def models_in(path: Path, name: str) -> Iterator[tuple[Checkpoint, str]]:
     """Each model in a file with its name in the zoo: the file's, or ``file!member`` if it has several."""
     from weightspace import checkpoint
 
-    members = checkpoint.list_models(path)
-    if len(members) > 1:
-        for member in members:
-            yield checkpoint.open(path, member=member), f"{name}!{member}"
-    else:
+    addresses = checkpoint.list_models(path)
+    if len(addresses) == 1:
         yield checkpoint.open(path), name
+        return
+    for address in addresses:
+        yield checkpoint.open(address), name + address.removeprefix(str(path))
 
 
 def describe_model(ckpt: Checkpoint, model: str, path: str, sha256: str) -> tuple[ModelRow, tuple[str, ...]]:

@@ -117,7 +117,7 @@ def fit(module: nn.Module, data: Data, population: Population, seed: int) -> Non
             batch = order[start : start + population.batch]
             loss = F.cross_entropy(module(data.train_x[batch]), data.train_y[batch])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
 

@@ -359,10 +359,14 @@ def _cached_folder(folder: Path) -> Path:
 
 
 def _writable(folder: Path) -> bool:
-    # Asked of the file system itself: on a read-only mount the permission bits, and root, say otherwise.
+    import stat
     import tempfile
 
+    # Permission bits say what is wanted, also where root could write all the same; a read-only mount shows
+    # only when it is tried.
     try:
+        if not folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+            return False
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:
