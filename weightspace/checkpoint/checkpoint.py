@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from weightspace.checkpoint import folder as folders
-from weightspace.checkpoint import readers
+from weightspace.checkpoint import readers, zips
 from weightspace.checkpoint.contents import Contents, Entry, Request
+from weightspace.checkpoint.safetensors import parse_json
 from weightspace.checkpoint.source import FileSource, Folder, LocalFolder, RemoteFolder, RemoteSource, Source
 from weightspace.errors import CheckpointError, UnknownFormatError, UnsafeCheckpointError
 
@@ -133,7 +134,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             tensor = self[name].contiguous()
             digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             if tensor.numel():
-                digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     # Out
@@ -171,13 +172,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers open the file again; only what has no file travels as tensors.
         if self._address is not None:
-            return open, (self._address,), None, None, None
+            return _reopen, (self._address, self._request.key)
         return from_tensors, (dict(self), dict(self.metadata))
 
 
-def open(  # noqa: A001
-    path: str | os.PathLike[str], member: str | None = None, *, key: str | None = None
-) -> Checkpoint:
+def open(path: str | os.PathLike[str], member: str | None = None, *, key: str | None = None) -> Checkpoint:
     """Open any checkpoint, lazily, by its content; nothing in it is executed.
 
     ``path``: a file, a Hugging Face or PEFT folder, an index of shards, or an fsspec URL (``s3://...``).
@@ -232,7 +231,9 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any
     entries: dict[str, Entry] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"names and tensors were expected, found {type(name).__name__}: {type(tensor).__name__}")
+            raise CheckpointError(
+                f"names and tensors were expected, found {type(name).__name__}: {type(tensor).__name__}"
+            )
         held = tensor.detach()
         entries[name] = Entry(tuple(held.shape), held.dtype, functools.partial(_copy, held))
     given = dict(metadata or {})
@@ -245,6 +246,10 @@ def from_entries(
 ) -> Checkpoint:
     """A checkpoint whose tensors are computed on access."""
     return Checkpoint(Contents(kind, dict(entries), dict(metadata), config))
+
+
+def _reopen(address: str, key: str | None) -> Checkpoint:
+    return open(address, key=key)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -301,7 +306,7 @@ def _parts(source: Source, contents: Contents) -> tuple[Source, ...]:
     shards = contents.metadata.get("shards")
     if isinstance(shards, list) and source.folder is not None and folders.matches(source):
         return (source, *(source.folder.open(name) for name in shards))
-    if isinstance(member, str) and readers.zips.matches(source):
+    if isinstance(member, str) and zips.matches(source):
         from weightspace.checkpoint.archive import Archive
 
         return (Archive(source).member(member.partition("!")[0]),)
@@ -328,14 +333,14 @@ def _below(root: Path, text: str) -> Iterator[str]:
         if name.endswith(".index.json"):
             try:
                 source = folder.open(name)
-                table = readers.safetensors.parse_json(source.text("the index"), name).get("weight_map")
+                table = parse_json(source.text("the index"), name).get("weight_map")
                 shards |= set(table.values()) if isinstance(table, dict) else set()
             except (CheckpointError, TypeError):
                 continue
     for name in names:
         if name in shards or name.startswith("."):
             continue
-        address = os.path.join(text, name)
+        address = f"{text.rstrip('/')}/{name}"
         try:
             yield from list_models(address)
         except UnsafeCheckpointError:
@@ -346,7 +351,7 @@ def _below(root: Path, text: str) -> Iterator[str]:
             yield address
     for entry in sorted(os.scandir(root), key=lambda e: e.name):
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            yield from _below(Path(entry.path), os.path.join(text, entry.name))
+            yield from _below(Path(entry.path), f"{text.rstrip('/')}/{entry.name}")
 
 
 def _size(count: int) -> str:

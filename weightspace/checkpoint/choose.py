@@ -62,9 +62,7 @@ class Choice:
     findings: list[str] = field(default_factory=list)
 
 
-def choose(
-    root: Any, key: str | None = None, separator: str = ".", through: tuple[str, ...] | None = None
-) -> Choice:
+def choose(root: Any, key: str | None = None, separator: str = ".", through: tuple[str, ...] | None = None) -> Choice:
     """Pick the model out of ``root`` as the module's docstring says.
 
     ``through`` limits step 3 to these keys, for formats whose own nesting is the model's.

@@ -34,10 +34,10 @@ def read(source: Source, request: Request) -> Contents:
         raise CheckpointError(f"{source.name}: an index without the folder of its shards; unpack the archive first")
     shards: dict[str, Contents] = {}
     for shard in dict.fromkeys(table.values()):
-        part = source.folder.open(shard)
-        if matches(part):
+        file = source.folder.open(shard)
+        if matches(file):
             raise CheckpointError(f"{source.name}: the shard {shard} is an index itself")
-        shards[shard] = read_any(part, request.inside())
+        shards[shard] = read_any(file, request.inside())
     missing = [name for name, shard in table.items() if name not in shards[shard].tensors]
     if missing:
         raise CheckpointError(f"{source.name}: {len(missing)} tensors are not in their shard, e.g. {missing[0]!r}")
@@ -74,11 +74,7 @@ def weights_of(folder: Folder, where: str) -> tuple[str, list[str]]:
     if indices:
         return kind, indices
     skip = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
-    models = []
-    for name in names:
-        if not name.startswith(skip) and detect(folder.open(name)) is not None:
-            models.append(name)
-    return kind, models
+    return kind, [n for n in names if not n.startswith(skip) and detect(folder.open(n)) is not None]
 
 
 def read_folder(folder: Folder, where: str, request: Request) -> Contents:

@@ -57,7 +57,7 @@ def matches(source: Source) -> bool:
     if head not in (b"\x08", b"\x12", b"\x1a", b"\x22", b"\x28", b"\x32", b"\x3a", b"\x42", b"\x72"):
         return False
     try:
-        at, seen = 0, set()
+        at, seen = 0, set[int]()
         while at < source.size and len(seen) < 100_000:
             data = memoryview(source.read(at, min(32, source.size - at)))
             tag, used = varint(data, 0, len(data))
@@ -400,7 +400,9 @@ def _dense(what: str, value: Entry, index: Entry, shape: tuple[int, ...]) -> tor
         if indices.shape[1] != len(shape):
             raise CheckpointError(f"{what}: sparse indices of {indices.shape[1]} axes for {len(shape)}")
         indices = (indices * steps).sum(1)
-    if len(indices) != len(values) or (len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < dense.numel()):
+    if len(indices) != len(values) or (
+        len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < dense.numel()
+    ):
         raise CheckpointError(f"{what}: sparse indices lie outside the tensor")
     dense.view(-1)[indices] = values
     return dense

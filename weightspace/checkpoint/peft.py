@@ -40,9 +40,13 @@ def merge_adapter(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
         if found:
             parts.setdefault(found["module"], {})[found["part"]] = name
         else:
-            plain = short.replace(".modules_to_save.default", "").replace(".modules_to_save", "").replace(".base_layer", "")
+            plain = (
+                short.replace(".modules_to_save.default", "").replace(".modules_to_save", "").replace(".base_layer", "")
+            )
             replaced[_place(plain, base)] = name
-    merged = {name: Entry(base.shape(name), base.dtype(name), functools.partial(base.__getitem__, name)) for name in base}
+    merged = {
+        name: Entry(base.shape(name), base.dtype(name), functools.partial(base.__getitem__, name)) for name in base
+    }
     for target, name in replaced.items():
         if adapter.shape(name) != base.shape(target):
             raise CheckpointError(f"{name} has shape {adapter.shape(name)}, {target} in the base {base.shape(target)}")

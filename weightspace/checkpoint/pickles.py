@@ -22,19 +22,24 @@ from weightspace.checkpoint.limits import MAX_NDIM, MAX_OPCODES
 from weightspace.checkpoint.source import Source
 from weightspace.errors import CheckpointError, UnsafeCheckpointError
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # Modules no checkpoint has a reason to name, and functions elsewhere that run code or touch files. Names
 # that people also give to packages of their own (code, trace, ...) are listed by function.
 _DANGEROUS_MODULES = frozenset(
-    """os posix nt posixpath ntpath sys subprocess shutil socket ssl ctypes _ctypes cffi pty tty
+    _words("""os posix nt posixpath ntpath sys subprocess shutil socket ssl ctypes _ctypes cffi pty tty
     runpy importlib _frozen_importlib _imp imp pkgutil zipimport codeop marshal pickle _pickle cPickle
     dill shelve popen2 webbrowser urllib urllib2 requests http httplib ftplib smtplib telnetlib
     xmlrpc socketserver asyncio multiprocessing _thread threading concurrent faulthandler
     pdb bdb cProfile pstats timeit doctest unittest pydoc pip setuptools distutils venv
     ensurepip atexit tempfile fileinput linecache antigravity idlelib lib2to3 sqlite3 aiohttp fsspec
-    _posixsubprocess _socket _io io mmap readline nturl2path""".split()
+    _posixsubprocess _socket _io io mmap readline nturl2path""")
 )
 _DANGEROUS_NAMES = frozenset(
-    """builtins.eval builtins.exec builtins.compile builtins.open builtins.__import__ builtins.execfile
+    _words("""builtins.eval builtins.exec builtins.compile builtins.open builtins.__import__ builtins.execfile
     builtins.apply builtins.input builtins.breakpoint builtins.globals builtins.locals builtins.vars
     builtins.setattr builtins.delattr builtins.help builtins.exit builtins.quit builtins.memoryview
     builtins.map builtins.filter builtins.reload builtins.file builtins.raw_input
@@ -46,7 +51,7 @@ _DANGEROUS_NAMES = frozenset(
     torch.serialization.load torch.utils.cpp_extension.load torch.utils.cpp_extension.load_inline
     torch.ops.load_library torch.classes.load_library torch._C._jit_pass_inline
     numpy.load numpy.save numpy.fromfile numpy.memmap numpy.ctypeslib.load_library
-    numpy.testing._private.utils.runstring joblib.load pandas.eval pandas.read_pickle""".split()
+    numpy.testing._private.utils.runstring joblib.load pandas.eval pandas.read_pickle""")
 )
 # Functions from which cloudpickle and friends rebuild live code: inert here, but worth a finding.
 _CODE_CARRIERS = frozenset({"cloudpickle", "torch.package", "torch.fx"})
@@ -157,7 +162,7 @@ class Cursor:
     def take(self, length: int) -> bytes:
         """The next ``length`` bytes."""
         begin = self.at - self._start
-        if 0 <= begin and begin + length <= len(self._block):
+        if begin >= 0 and begin + length <= len(self._block):
             self.at += length
             return self._block[begin : begin + length]
         self.source.check(self.at, length, "the pickle")
@@ -310,7 +315,7 @@ class _Machine:
                 )
             action(self)
         raise UnsafeCheckpointError(
-            f"{self.cursor.source.name}: the pickle has more than {MAX_OPCODES:,} instructions; no checkpoint needs them"
+            f"{self.cursor.source.name}: the pickle has more than {MAX_OPCODES:,} instructions; no model does"
         )
 
     def pop(self) -> Any:
@@ -626,7 +631,7 @@ def _op_byte_text(form: str) -> Callable[[_Machine], None]:
 
 def _op_line_int(m: _Machine) -> None:
     line = m.cursor.line()[:64]
-    m.stack.append({b"00": False, b"01": True}.get(line, None) if line in (b"00", b"01") else int(line))
+    m.stack.append({b"00": False, b"01": True}.get(line) if line in (b"00", b"01") else int(line))
 
 
 def _op_line_long(m: _Machine) -> None:
@@ -685,7 +690,8 @@ def _op_set_items(m: _Machine) -> None:
 
 
 def _op_dict(m: _Machine) -> None:
-    values, result = m.pop_to_mark(), {}
+    result: dict[Any, Any] = {}
+    values = m.pop_to_mark()
     m.set_items(result, values)
     m.stack.append(result)
 

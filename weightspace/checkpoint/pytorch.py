@@ -179,9 +179,7 @@ def _nested(report: Report, data: bytes) -> Any:
     if not isinstance(value, StorageRef) or value.key not in offsets:
         raise CheckpointError("the bytes of a storage hold something else")
     start, numel = offsets[value.key]
-    return _HeldStorage(
-        value.key, value.dtype, numel, value.location, value.offset, data, start, big
-    )
+    return _HeldStorage(value.key, value.dtype, numel, value.location, value.offset, data, start, big)
 
 
 class _HeldStorage(StorageRef):
@@ -329,7 +327,9 @@ def _contents(
     for name in report.odd:
         choice.findings.append(f"suspicious: the pickle asks for {name} (not run)")
     if report.data_less:
-        choice.findings.append(f"{report.data_less} tensors were saved from the meta device, without data, and left out")
+        choice.findings.append(
+            f"{report.data_less} tensors were saved from the meta device, without data, and left out"
+        )
     choice.findings += _tied(choice.tensors)
     return Contents(kind, tensors, choice.metadata, choice.config, choice.findings)
 
@@ -362,9 +362,7 @@ def _array_dtype(leaf: ArrayRef) -> torch.dtype | None:
     return None if numpy_dtype is None else dtypes.from_numpy(numpy_dtype)
 
 
-def _entry(
-    source: Source, name: str, leaf: Leaf, fetch: Fetch, check: Callable[[StorageRef], int], big: bool
-) -> Entry:
+def _entry(source: Source, name: str, leaf: Leaf, fetch: Fetch, check: Callable[[StorageRef], int], big: bool) -> Entry:
     what = f"{source.name}: tensor {name!r}"
     if isinstance(leaf, ArrayRef):
         return _array_entry(what, leaf)
@@ -402,9 +400,7 @@ def _retyped(storage: StorageRef, dtype: torch.dtype, numel: int) -> StorageRef:
         raise CheckpointError(f"storage {storage.key} is a view and holds another type than its tensor")
     if isinstance(storage, _HeldStorage):
         held = vars(storage)
-        return _HeldStorage(
-            storage.key, dtype, numel, storage.location, 0, held["data"], held["start"], held["big"]
-        )
+        return _HeldStorage(storage.key, dtype, numel, storage.location, 0, held["data"], held["start"], held["big"])
     return StorageRef(storage.key, dtype, numel, storage.location)
 
 
@@ -457,7 +453,9 @@ def _quantizer(
     if scheme.startswith("torch.per_channel_affine") and len(quantizer) == 4 and isinstance(quantizer[3], int):
         _, scales, zeros, axis = quantizer
         if isinstance(scales, TensorRef) and isinstance(zeros, TensorRef):
-            parts = [_entry(source, f"{name} ({p})", t, fetch, check, big) for p, t in (("scale", scales), ("zero", zeros))]
+            parts = [
+                _entry(source, f"{name} ({p})", t, fetch, check, big) for p, t in (("scale", scales), ("zero", zeros))
+            ]
             return functools.partial(_per_channel, parts[0], parts[1], axis)
     raise CheckpointError(f"{source.name}: tensor {name!r} is quantised by the unknown scheme {scheme[:60]}")
 
@@ -481,7 +479,9 @@ def _array_entry(what: str, leaf: ArrayRef) -> Entry:
     assert dtype is not None
     needed = limits.count(leaf.shape, what) * dtype.itemsize
     if needed != len(leaf.data):
-        raise UnsafeCheckpointError(f"{what} of shape {leaf.shape[:8]} needs {needed:,} bytes, {len(leaf.data):,} are there")
+        raise UnsafeCheckpointError(
+            f"{what} of shape {leaf.shape[:8]} needs {needed:,} bytes, {len(leaf.data):,} are there"
+        )
     big = numpy_dtype.byteorder == ">"
     return Entry(leaf.shape, dtype, functools.partial(_load_array, leaf, dtype, big))
 

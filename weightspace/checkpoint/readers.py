@@ -36,7 +36,9 @@ def read(source: Source, request: Request) -> Contents:
         raise UnknownFormatError(_unknown(source))
     contents = READERS[name].read(source, request)
     if request.key is not None and contents.format in _WITHOUT_KEYS:
-        raise CheckpointError(f"{source.name}: key={request.key!r} chooses a part of a pickle; this is {contents.format}")
+        raise CheckpointError(
+            f"{source.name}: key={request.key!r} chooses a part of a pickle; this is {contents.format}"
+        )
     return contents
 
 

@@ -41,10 +41,10 @@ def save(checkpoint: Checkpoint, path: Path) -> Path:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).replace(path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
     return path
 
@@ -69,7 +69,7 @@ def _safetensors(checkpoint: Checkpoint, file: BinaryIO) -> None:
     for name in checkpoint:
         tensor = checkpoint[name].contiguous().reshape(-1)
         if tensor.numel():
-            file.write(memoryview(tensor.view(torch.uint8).numpy()))
+            file.write(tensor.view(torch.uint8).numpy().data)
 
 
 def _torch(checkpoint: Checkpoint, file: BinaryIO) -> None:

@@ -79,7 +79,9 @@ def _read_member(archive: Archive, request: Request) -> Contents:
     name = archive.source.name
     listed = members(archive.source, request)
     if not listed:
-        raise UnknownFormatError(f"{name}: none of the {len(archive.names)} files in this zip is a model that can be read")
+        raise UnknownFormatError(
+            f"{name}: none of the {len(archive.names)} files in this zip is a model that can be read"
+        )
     wanted = request.member
     if wanted is None:
         if len(listed) > 1:
@@ -112,7 +114,9 @@ def _read_sb3(archive: Archive, request: Request) -> Contents:
             findings.append(f"pickled objects in the agent's data were left alone: {', '.join(held[:20])}")
     for key in ("_stable_baselines3_version", "system_info.txt"):
         if key in archive:
-            metadata[key.strip("_").removesuffix(".txt")] = archive.member(key).text(key, 1 << 16).decode("utf-8", "replace")
+            metadata[key.strip("_").removesuffix(".txt")] = (
+                archive.member(key).text(key, 1 << 16).decode("utf-8", "replace")
+            )
     training: dict[str, Any] = {}
     for other in archive.names:
         if other.endswith(".optimizer.pth"):
