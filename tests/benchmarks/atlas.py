@@ -172,6 +172,9 @@ def table(entries: dict[str, dict[str, Any]]) -> None:
             print(f"  {outcome:10s} {counts[outcome]:4d}")
     if built and counts["proved"]:
         print(f"  proved of built: {counts['proved'] / built:.1%}")
+    movable = [entry["movable"] for entry in entries.values() if entry["outcome"] == "proved"]
+    for share in (0.95, 0.5):
+        print(f"  proved with {share:.0%} of parameters movable: {sum(m >= share for m in movable)}")
     notes = Counter(note for e in entries.values() if e["outcome"] != "proved" for note in e.get("notes", ()))
     for note, count in notes.most_common(20):
         print(f"  {count:4d} × {note}")

@@ -229,6 +229,8 @@ class Shrinker:
         """Has a backbone hand out its last stages, as many as before."""
         names = getattr(config, "out_features", None)
         layers = next((n for n in ("num_hidden_layers", "num_layers") if has(config, n)), None)
+        if names and layers is None and not same(names, getattr(type(config)(), "out_features", None)):
+            changed["out_features"] = list(names)
         if not names or layers is None or f"stage{len(kinds)}" in names or self.scale.keep_lists:
             return
         depth = max(len(kinds), len(names))
@@ -636,8 +638,16 @@ def attempts(module: Any, scale: Scale) -> Iterator[dict[str, Any]]:
         yield {**inputs, "pixel_values": torch.randn(2, 8, 3 * side * side)}
     if "returns_to_go" in signature:
         yield given(["states", "actions", "rewards", "returns_to_go", "timesteps", "attention_mask"])
-    if "input_ids" in signature and "pixel_values" in signature:
-        yield given([*wanted, "input_ids", "pixel_values"])  # a picture first: without one, half of it idles
+    # A picture or a sound beside the words first: without one, half of the model idles.
+    for key in ("pixel_values", "input_features", "input_values"):
+        if "input_ids" in signature and key in signature:
+            inputs = given([*wanted, "input_ids", key])
+            yield inputs
+            if key == "pixel_values":
+                yield {**inputs, key: inputs[key].unsqueeze(1)}
+            else:
+                for shape in ALTERNATIVES[key]:
+                    yield {**inputs, key: alternative(shape, config, scale)}
     yield given(wanted)
     both = [
         name
