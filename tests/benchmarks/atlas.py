@@ -74,6 +74,8 @@ def traced(module: torch.nn.Module, kwargs: Any) -> dict[str, Any]:
     except Exception as error:
         return {"outcome": "crashed", "reason": brief(error)}
     outcome = {"proved": "proved", "failed": "wrong"}.get(wiring.status, "refused")
+    if outcome == "proved" and wiring.movable_share == 0:
+        outcome = "refused"  # an empty group is kept by any network: nothing was shown
     proof = wiring.proof
     return {
         "outcome": outcome,

@@ -636,6 +636,8 @@ def attempts(module: Any, scale: Scale) -> Iterator[dict[str, Any]]:
         side, _ = square(lookup(config, "patch_size"), 16)
         inputs = given([*wanted, "pixel_attention_mask", "spatial_shapes"])
         yield {**inputs, "pixel_values": torch.randn(2, 8, 3 * side * side)}
+    if "future_values" in signature:
+        yield given([*wanted, "future_values", "future_time_features"])
     if "returns_to_go" in signature:
         yield given(["states", "actions", "rewards", "returns_to_go", "timesteps", "attention_mask"])
     # A picture or a sound beside the words first: without one, half of the model idles.
