@@ -223,7 +223,8 @@ def list_models(path: str | os.PathLike[str]) -> list[str]:
         return [text] if kind != "folder" else [f"{text.rstrip('/')}/{name}" for name in found]
     if readers.detect(place) is None:
         readers.read(place, Request())  # raises UnknownFormatError with the reason
-    return [text if not m else f"{text}!{m}" for m in readers.members_of(place, Request()) or [""]]
+    members = readers.members_of(place, Request())
+    return [f"{text}!{member}" for member in members] if len(members) > 1 else [text]
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -309,7 +310,10 @@ def _parts(source: Source, contents: Contents) -> tuple[Source, ...]:
     if isinstance(member, str) and zips.matches(source):
         from weightspace.checkpoint.archive import Archive
 
-        return (Archive(source).member(member.partition("!")[0]),)
+        for name in member.split("!"):
+            if not zips.matches(source):
+                break  # a row of an array, which has no bytes of its own file
+            source = Archive(source).member(name)
     return (source,)
 
 

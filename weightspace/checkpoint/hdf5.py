@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from weightspace.checkpoint import dtypes, limits
@@ -97,14 +98,13 @@ def _legacy(source: Source, weights: Any, prefix: str) -> tuple[dict[str, Entry]
 
 
 def _name(layer: str, weight: str) -> str:
-    # Keras repeats the layer in the weight's name, and numbers the repetition when it had two graphs
-    # in one session: layer conv2d_1 may hold conv2d_1_1/kernel:0. The layer's name is the one that
-    # the configuration uses.
-    first, _, rest = weight.partition("/")
-    if first == layer:
-        return weight
-    if rest and re.fullmatch(re.escape(layer) + r"_\d+", first):
-        return f"{layer}/{rest}"
+    # Keras repeats the layer in the weight's name, after the model's name since Keras 3, and numbers the
+    # repetition when it had two graphs in one session: layer conv2d_1 may hold conv2d_1_1/kernel:0. The
+    # layer's name is the one that the configuration uses.
+    parts = weight.split("/")
+    for index, part in enumerate(parts[:-1]):
+        if part == layer or re.fullmatch(re.escape(layer) + r"_\d+", part):
+            return "/".join([layer, *parts[index + 1 :]])
     return f"{layer}/{weight}"
 
 
@@ -159,7 +159,7 @@ def _entry(source: Source, weights: Any, path: str, prefix: str) -> Entry:
 
 def _load(source: Source, path: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with _open(source) as file:
-        array = file[path][()]
+        array = np.asarray(file[path][()])
     if tuple(array.shape) != shape:
         raise CheckpointError(f"{source.name}: {path} changed its shape since it was opened")
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=True).reshape(shape)).to(dtype)

@@ -92,7 +92,7 @@ def _read_member(archive: Archive, request: Request) -> Contents:
         raise CheckpointError(f"{name} has no model {wanted!r}; it holds: {', '.join(listed[:12])}")
     contents = read_any(archive.member(outer), request.inside(inner or None))
     contents.findings.insert(0, f"read from {outer} inside a zip")
-    contents.metadata.setdefault("member", wanted)
+    contents.metadata["member"] = wanted
     return contents
 
 
