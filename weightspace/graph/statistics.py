@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _CHUNK = 1 << 17
 # Below this a second thread costs more than it saves.
 _ALONE = 1 << 20
 _MAX_WORKERS = 8
+# Elements that tell whether the mean is large beside the spread.
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -76,26 +79,26 @@ class _Sums:
     low: float = inf
     high: float = -inf
 
-    def add(self, chunk: torch.Tensor) -> None:
-        """Take in a contiguous flat chunk of float32 or float64."""
-        low, high = (float(v) for v in torch.aminmax(chunk))
-        if not (isfinite(low) and isfinite(high)):
-            nan = int(torch.isnan(chunk).sum())
+    def add(self, chunk: torch.Tensor, high: float | None = None) -> None:
+        """Take in a flat chunk of float32 or float64; ``high`` is its largest element where that is known."""
+        low = chunk.amin().item()
+        high = chunk.amax().item() if high is None else high
+        values = chunk - self.pivot if self.pivot else chunk
+        total = values.sum().item()
+        squares = torch.dot(values, values).item()
+        if not isfinite(total) or not isfinite(squares) or squares < len(values) * 1e-30:
+            # Something is not finite, or float32 overflows (1e19 squared) or vanishes (1e-19 squared).
             finite = chunk[torch.isfinite(chunk)]
+            nan = int(torch.isnan(chunk).sum())
             self.nan += nan
-            self.infinite += chunk.numel() - finite.numel() - nan
-            if finite.numel():
-                self.add(finite)
-            return
+            self.infinite += len(chunk) - len(finite) - nan
+            if not len(finite):
+                return
+            low, high = finite.amin().item(), finite.amax().item()
+            chunk, values = finite, finite.double() - self.pivot
+            total, squares = values.sum().item(), torch.dot(values, values).item()
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.count += chunk.numel()
-        if self.pivot:
-            chunk = chunk - self.pivot
-        total, squares = float(chunk.sum()), float(torch.dot(chunk, chunk))
-        # float32 overflows at values of 1e19, and loses squares of values below 1e-19.
-        if not isfinite(squares) or not isfinite(total) or squares < chunk.numel() * 1e-30:
-            wide = chunk.double()
-            total, squares = float(wide.sum()), float(torch.dot(wide, wide))
+        self.count += len(chunk)
         self.total += total
         self.squares += squares
 
@@ -105,12 +108,23 @@ def _of(view: torch.Tensor, pool: ThreadPoolExecutor, workers: int) -> Statistic
         nan = float("nan")
         return Statistics(0, nan, nan, nan, 0.0, nan, nan, nan)
     chunks = _chunks(view)
-    pivot = _pivot(_flat(chunks[0]))
+    pivot = _pivot(chunks[0].reshape(-1)[:_SAMPLE].to(_wide(view.dtype)))
 
     def run(some: Sequence[torch.Tensor]) -> _Sums:
         sums = _Sums(pivot)
+        wide = torch.empty(max(c.numel() for c in some), dtype=_wide(view.dtype))
         for chunk in some:
-            sums.add(_flat(chunk))
+            if chunk.dtype == wide.dtype and chunk.is_contiguous():
+                sums.add(chunk.reshape(-1))
+                continue
+            values = wide[: chunk.numel()]
+            values.view(chunk.shape).copy_(chunk)
+            high = None
+            if chunk.dtype == torch.bfloat16:
+                # Positive bfloat16 numbers are ordered like the integers of the same bits, which are faster.
+                bits = torch.amax(chunk.view(torch.int16)).item()
+                high = _from_bits(int(bits)) if bits > 0 else None
+            sums.add(values, high)
         return sums
 
     if view.numel() < _ALONE or workers == 1:
@@ -137,10 +151,13 @@ def _chunks(view: torch.Tensor) -> list[torch.Tensor]:
     return out
 
 
-def _flat(chunk: torch.Tensor) -> torch.Tensor:
-    if chunk.dtype in (torch.float32, torch.bfloat16, torch.float16) or chunk.dtype.itemsize == 1:
-        return chunk.to(torch.float32).reshape(-1)
-    return chunk.to(torch.float64).reshape(-1)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    small = dtype in (torch.float32, torch.bfloat16, torch.float16) or dtype.itemsize == 1
+    return torch.float32 if small else torch.float64
+
+
+def _from_bits(bits: int) -> float:
+    return float(struct.unpack("<f", (bits << 16).to_bytes(4, "little"))[0])
 
 
 def _pivot(chunk: torch.Tensor) -> float:
