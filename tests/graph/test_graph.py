@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.architectures import CASES
 from weightspace.errors import GraphError, UnprovedWiringError, WiringError
 from weightspace.graph.edges import materialise, same_bits
 from weightspace.graph.layout import contained
+from weightspace.graph.statistics import _of
 
 SMALL = [n for n, c in CASES.items() if not c.full]
 # One of every kind of wiring, for the tests that are slow on all.
@@ -477,6 +479,49 @@ def test_a_module_is_wired_and_proved() -> None:
     graph = ws.graph(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3))
     assert graph.proved
     assert [c.mark for c in graph.cells.values()] == ["", "input", "output"]
+
+
+def test_a_file_is_opened_lazily_and_wired(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    net = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 5))
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    for x in (tmp_path / "net.safetensors", str(tmp_path / "net.safetensors"), ws.open(tmp_path / "net.safetensors")):
+        graph = ws.graph(x)
+        assert graph.status in ("proved", "unverified")
+        assert graph.num_parameters == 30 * 40 + 40 + 40 * 5 + 5
+        assert_same(ws.ParameterGraph.from_pyg(graph.to_pyg()), dict(graph.tensors or {}))
+        assert graph.statistics()["0.weight"].norm == pytest.approx(float(net[0].weight.detach().norm()), rel=1e-5)
+
+
+def test_a_file_of_many_pages_is_streamed(tmp_path: Path) -> None:
+    """Two megabytes of bfloat16 on two threads, with a segment that is no contiguous part of the tensor."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    lstm = nn.LSTM(300, 700, batch_first=True)
+    wiring = ws.wiring(lstm.eval(), torch.randn(2, 3, 300), prove=False)
+    tensors = {k: v.to(torch.bfloat16) for k, v in lstm.state_dict().items()}
+    save_file(tensors, tmp_path / "net.safetensors")
+    graph = ws.graph(ws.open(tmp_path / "net.safetensors"), wiring)
+    found = graph.statistics()
+    for block in graph.blocks:
+        x = block.view(tensors[block.tensor]).double()
+        assert found[block.label].std == pytest.approx(float(x.std(correction=0)), rel=1e-5)
+        assert (found[block.label].min, found[block.label].max) == (float(x.min()), float(x.max()))
+    whole = torch.randn(3000, 1500).to(torch.bfloat16)
+    for x in (whole, whole.T, whole[:, 100:1400], -whole.abs(), whole.half(), whole.float()):
+        got = statistics_of(x)
+        y = x.double()
+        assert got.count == y.numel()
+        assert got.mean == pytest.approx(float(y.mean()), abs=1e-6)
+        assert got.std == pytest.approx(float(y.std(correction=0)), rel=1e-5)
+        assert (got.min, got.max, got.abs_max) == (float(y.min()), float(y.max()), float(y.abs().max()))
+
+
+def statistics_of(x: torch.Tensor) -> Any:
+    with ThreadPoolExecutor(2) as pool:
+        return _of(x, pool, 2)
 
 
 def test_tensors_and_wiring_must_belong_together() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,6 +112,10 @@ class ParameterGraph:
         return self._columns[1]
 
     @cached_property
+    def _json(self) -> str:
+        return json.dumps(self.describe())
+
+    @cached_property
     def _columns(self) -> tuple[dict[str, int], tuple[str, ...]]:
         # Vectors of the same role in different cells share their columns.
         seen: dict[tuple[str, str], int] = {}
@@ -173,11 +178,11 @@ class ParameterGraph:
                 n: {"shape": list(s), "dtype": str(self.dtypes[n]).removeprefix("torch.")}
                 for n, s in self.shapes.items()
             },
-            "cells": [asdict(cell) for cell in self.cells.values()],
+            "cells": [_record(cell) for cell in self.cells.values()],
             "blocks": [_plain(block) for block in self.blocks],
             "vectors": [_plain(vector) for vector in self.vectors],
             "values": list(self.values),
-            "links": [asdict(link) for link in self.links],
+            "links": [_record(link) for link in self.links],
         }
 
     @classmethod
@@ -237,9 +242,7 @@ class ParameterGraph:
 
     def to_json(self, indent: int | None = None) -> str:
         """The structure (cells, blocks, vectors, links) as JSON text, without the weights."""
-        import json
-
-        return json.dumps(self.describe(), indent=indent)
+        return self._json if indent is None else json.dumps(self.describe(), indent=indent)
 
     def save(self, path: str | PathLike[str], format: str = "json") -> None:
         """Write the graph: ``"json"`` (structure), ``"pyg"`` (everything) or ``"graphml"`` (everything)."""
@@ -249,6 +252,11 @@ class ParameterGraph:
 
     def __repr__(self) -> str:
         return _text(self)
+
+
+def _record(part: Cell | Link) -> dict[str, Any]:
+    found = {f.name: getattr(part, f.name) for f in fields(part)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
 def _plain(bundle: Vector) -> dict[str, Any]:
