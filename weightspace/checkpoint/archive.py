@@ -36,6 +36,9 @@ class Archive:
                 raise CheckpointError(f"{source.name}: {info.filename} is encrypted; decrypt the archive first")
             check_expansion(info.file_size, info.compress_size, f"{source.name}: {info.filename}")
             self._infos[info.filename] = info
+        # zipfile finds the last directory there is: in a truncated archive, that of an archive inside it.
+        if self._infos and min(info.header_offset for info in self._zip.infolist()) != 0:
+            raise CheckpointError(f"{source.name}: the archive's own directory is missing; it is truncated")
         check_expansion(sum(i.file_size for i in self._infos.values()), source.size, source.name)
         self.names = list(self._infos)
 

@@ -58,7 +58,9 @@ def matches(source: Source) -> bool:
         return False
     try:
         at, seen = 0, set[int]()
-        while at < source.size and len(seen) < 100_000:
+        for _ in range(10_000):
+            if at >= source.size:
+                break
             data = memoryview(source.read(at, min(32, source.size - at)))
             tag, used = varint(data, 0, len(data))
             number, wire = tag >> 3, tag & 7

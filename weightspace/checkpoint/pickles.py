@@ -10,6 +10,8 @@ run code (`os.system`, `builtins.eval`, ...) is refused.
 from __future__ import annotations
 
 import struct
+from _compat_pickle import IMPORT_MAPPING as _PYTHON_2_MODULES
+from _compat_pickle import NAME_MAPPING as _PYTHON_2_NAMES
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -347,7 +349,8 @@ class _Machine:
         module, name = _text(module), _text(name)
         if len(module) + len(name) > 1024:
             raise UnsafeCheckpointError(f"{self.cursor.source.name}: the pickle names a class of 1024 letters or more")
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        # Protocols below 3 use Python 2's names: `commands.check_output` is subprocess's, `__builtin__` builtins.
+        module, name = _PYTHON_2_NAMES.get((module, name), (_PYTHON_2_MODULES.get(module, module), name))
         # Protocol 4 allows dotted names: os.path as module and name, or torch and hub.load.
         full = f"{module}.{name}"
         magic = any(part.startswith("__") and part.endswith("__") for part in name.split("."))
