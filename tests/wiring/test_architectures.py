@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import weightspace as ws
-
 from tests.architectures import CASES, Case
 
 SMALL = [case for case in CASES.values() if not case.full]

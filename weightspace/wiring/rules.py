@@ -285,7 +285,7 @@ def _reduced(t: Tracer, x: torch.Tensor, axes: Sequence[int]) -> list[Dim]:
 @rule(
     "sum", "mean", "amax", "amin", "var", "std", "prod", "any", "all", "logsumexp", "linalg_vector_norm",
     "norm", "nansum", "max", "min", "var_mean", "std_mean", "argmax", "argmin", "aminmax", "median",
-    "count_nonzero", "mode", "nanmedian",
+    "count_nonzero", "_is_all_true", "_is_any_true", "equal", "mode", "nanmedian",
 )  # fmt: skip
 def _reduce(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """A symmetric function over the dims that go."""

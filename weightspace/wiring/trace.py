@@ -172,7 +172,10 @@ class Tracer(TorchDispatchMode):
         for x in tensors:
             label = self.label(x)
             if label.const and not any(x is m for m in mutated):
-                dims = [d if self.ledger.is_pinned(d) else self.ledger.dim(size_of(d)) for d in label.dims]
+                dims = [
+                    [self.ledger.atom(a.size) if a.form is None and not a.pinned else a for a in self.ledger.normal(d)]
+                    for d in label.dims
+                ]
                 self._momentary[id(x)] = Label(dims, True, label.domain)
 
     def dims(self, tensor: torch.Tensor) -> list[Dim]:
@@ -289,6 +292,11 @@ class Tracer(TorchDispatchMode):
                     self._written.add(_storage(m))
             self.implied = self._gather_implied(labels)
             self._operands, self._args = list(zip(tensors, labels, strict=True)), args
+            if not is_view and rule is not pointwise and base not in _INDEXING:
+                # Positions became values: what is done with them depends on their order.
+                for label in labels:
+                    if label.domain is not None:
+                        self.pin(label.domain, f"index arithmetic ({self.op})")
             before = [(m, [list(d) for d in self.label(m).dims]) for m in mutated]
             try:
                 result = (rule or unknown)(self, func, args, kwargs, out)
@@ -401,6 +409,12 @@ def _quiet() -> Iterator[None]:
 
 _UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
 _STAY = {"_to_copy", "clone", "detach", "alias", "contiguous", "view", "expand", "mul", "neg"}
+# Operations whose rules know that an operand may hold positions along a dim.
+_INDEXING = {
+    "index", "_unsafe_index", "index_put", "_index_put_impl", "_unsafe_index_put", "gather", "scatter", "scatter_add",
+    "scatter_reduce", "index_add", "index_copy", "index_fill", "index_select", "embedding", "_unsafe_view", "reshape",
+    "repeat_interleave",
+}  # fmt: skip
 # These change what the dims of their operand are, not its values.
 _RESHAPE_IN_PLACE = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_"}
 _UNIFORM = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
