@@ -347,7 +347,9 @@ class Primary(nn.Module):
     Hidden states handed out beside the logits would pin the axes that they run along.
     """
 
-    MEMORY = ("past_key_values", "hidden_states", "attentions", "cache", "state", "rope_deltas")
+    MEMORY = re.compile(
+        r"past_key_values|.*hidden_states|.*attentions|cache.*|states?|rope_deltas|encoder_last.*"
+    )
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -358,7 +360,7 @@ class Primary(nn.Module):
         if not hasattr(out, "items"):
             return out
         logits = {k: v for k, v in out.items() if "logits" in k}
-        plain = {k: v for k, v in out.items() if not any(word in k for word in self.MEMORY)}
+        plain = {k: v for k, v in out.items() if not self.MEMORY.fullmatch(k)}
         return logits or plain or dict(out)
 
 
