@@ -27,7 +27,7 @@ class Archive:
             ) from error
         self._infos: dict[str, zipfile.ZipInfo] = {}
         for info in self._zip.infolist():
-            if info.is_dir():
+            if info.filename.endswith("/"):
                 continue
             check_relative(info.filename, source.name)
             if info.filename in self._infos:
