@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ class _Sums:
     low: float = inf
     high: float = -inf
 
-    def add(self, chunk: torch.Tensor, high: float | None = None) -> None:
-        """Take in a flat chunk of float32 or float64; ``high`` is its largest element where that is known."""
-        low = chunk.amin().item()
+    def add(self, chunk: torch.Tensor, low: float | None = None, high: float | None = None) -> None:
+        """Take in a flat chunk of float32 or float64; ``low`` and ``high`` are its extremes where known."""
+        low = chunk.amin().item() if low is None else low
         high = chunk.amax().item() if high is None else high
         values = chunk - self.pivot if self.pivot else chunk
         total = values.sum().item()
@@ -119,12 +120,8 @@ def _of(view: torch.Tensor, pool: ThreadPoolExecutor, workers: int) -> Statistic
                 continue
             values = wide[: chunk.numel()]
             values.view(chunk.shape).copy_(chunk)
-            high = None
-            if chunk.dtype == torch.bfloat16:
-                # Positive bfloat16 numbers are ordered like the integers of the same bits, which are faster.
-                bits = torch.amax(chunk.view(torch.int16)).item()
-                high = _from_bits(int(bits)) if bits > 0 else None
-            sums.add(values, high)
+            low, high = _extremes(chunk) if chunk.dtype == torch.bfloat16 else (None, None)
+            sums.add(values, low, high)
         return sums
 
     if view.numel() < _ALONE or workers == 1:
@@ -154,6 +151,16 @@ def _chunks(view: torch.Tensor) -> list[torch.Tensor]:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     small = dtype in (torch.float32, torch.bfloat16, torch.float16) or dtype.itemsize == 1
     return torch.float32 if small else torch.float64
+
+
+def _extremes(chunk: torch.Tensor) -> tuple[float | None, float | None]:
+    """Smallest and largest of bfloat16 numbers, from their bits, which is faster; None where that cannot tell.
+
+    Read as signed integers the largest is the largest positive number, as unsigned ones the lowest negative.
+    """
+    bits = chunk.view(torch.int16).numpy()
+    low, high = int(bits.view(np.uint16).max()), int(bits.max())
+    return _from_bits(low) if low > 0x8000 else None, _from_bits(high) if high > 0 else None
 
 
 def _from_bits(bits: int) -> float:
