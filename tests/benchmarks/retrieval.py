@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import weightspace as ws
 from weightspace.retrieval import describe, distances
@@ -84,7 +85,7 @@ def permuted_copies(zoo: Embedded, orbit_sample: int = 4, limit: int | None = No
             only = [tensor for tensor in wiring if tensor not in wiring.untouched]
             tensors = {tensor: checkpoint[tensor] for tensor in only}
             moved = wiring.apply(wiring.random(7), tensors)
-            away = distances(describe(moved).vector.astype(np.float32), zoo.vectors)
+            away = distances(describe(moved, wiring).vector.astype(np.float32), zoo.vectors)
             found = int(away.argmin())
             own = float(away[zoo.names.index(name)])
             # A model that the zoo holds twice is as near as its own copy.
@@ -194,6 +195,7 @@ def main() -> int:
     if not arguments.folder.is_dir():
         print(f"there is no folder {arguments.folder}; name one with --folder", file=sys.stderr)
         return 1
+    torch.set_num_threads(1)  # the networks are small, and cores may be shared
     table = []
     if not arguments.json:
         print("| question | result | holds | s |\n|---|---|---|---|")

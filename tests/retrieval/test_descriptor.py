@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import weightspace as ws
 from weightspace.errors import WeightspaceError
 from weightspace.retrieval import DIMENSION, FEATURES, describe, distances
 from weightspace.retrieval import descriptor as module
+from weightspace.retrieval.descriptor import together
 
 
 def _net(seed: int, hidden: int = 12, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -123,10 +125,47 @@ def test_nothing_to_describe_is_an_error() -> None:
         describe({"steps": torch.tensor(3)})
 
 
-def test_only_the_wired_tensors_count() -> None:
-    net = _net(0)
-    description = describe({**net, "ema.fc": torch.randn(4, 4)}, only=tuple(net))
-    assert np.array_equal(description.vector, describe(net).vector)
+class _Heads(nn.Module):
+    """Attention whose projections keep heads and channels as two axes, beside a tensor without a use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        for name in ("q", "k", "v"):
+            setattr(self, name, nn.Parameter(torch.randn(4, 6, 5, generator=g)))
+        self.o = nn.Parameter(torch.randn(4, 5, 6, generator=g))
+        self.register_buffer("unused", torch.randn(7, 7, generator=g))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("btd,hdk->bhtk", x, weight) for weight in (self.q, self.k, self.v))
+        z = (q @ k.transpose(-1, -2) / 5**0.5).softmax(-1) @ v
+        return torch.einsum("bhtk,hkd->btd", z, self.o)
+
+
+def test_channels_permuted_inside_each_head_are_the_same_under_a_proved_wiring() -> None:
+    module = _Heads()
+    wiring = ws.wiring(module, torch.randn(2, 3, 6))
+    assert wiring.status == "proved"
+    state = dict(module.state_dict())
+    assert together(wiring, "q") == [(0, 2), (1,)]
+    description = describe(state, wiring)
+    assert set(description.left_out) == {"unused"}
+    moved = wiring.apply(wiring.random(1), state)
+    assert not torch.equal(moved["q"].sum(0), state["q"].sum(0))
+    assert _relative(description.vector, describe(moved, wiring).vector) <= 1e-9
+    fused = {
+        "q": state["q"].permute(0, 2, 1).reshape(20, 6), "k": state["k"].permute(0, 2, 1).reshape(20, 6),
+        "v": state["v"].permute(0, 2, 1).reshape(20, 6), "o": state["o"].reshape(20, 6).T,
+    }  # fmt: skip
+    assert _relative(description.vector, describe(fused).vector) <= 1e-9
+
+
+def test_a_wiring_that_is_not_proved_changes_nothing() -> None:
+    module = _Heads()
+    guess = ws.wiring(module, torch.randn(2, 3, 6), prove=False)
+    assert guess.status == "unverified"
+    state = dict(module.state_dict())
+    assert np.array_equal(describe(state, guess).vector, describe(state).vector)
 
 
 def test_large_tensors_take_the_histogram_and_agree_with_the_sort(monkeypatch: pytest.MonkeyPatch) -> None:

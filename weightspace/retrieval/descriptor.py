@@ -5,8 +5,9 @@ permuted, when its axes change places (a kernel stored HWIO or OIHW, a linear la
 when axes of size one come or go, and when rows or columns change sign (the symmetry of odd activations):
 quantiles of absolute values, moments of even order, norms of the slices along each axis, singular values of
 the unfolding along each axis. Tensors are then pooled as a set, so their order and their names do not matter
-either. What is left out on purpose: names, formats, dtypes, integer tensors (counters, position tables),
-tensors of one element and optimiser state, none of which say what the network computes.
+either. A proved wiring adds what one tensor cannot tell: axes that are permuted together count as one. What
+is left out on purpose: names, formats, dtypes, integer tensors (counters, position tables), tensors of one
+element and optimiser state, none of which say what the network computes.
 
 The features are scaled by fixed numbers, not by a fit to some zoo: a distance between two models means the
 same in every zoo and does not move when models are added.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +28,10 @@ from torch import Tensor
 
 from weightspace.errors import WeightspaceError
 
-VERSION = 1
+if TYPE_CHECKING:
+    from weightspace.wiring.wiring import Wiring
+
+VERSION = 2
 """Raised whenever the features change, so that an index made with older ones is made again."""
 
 Array = NDArray[np.float64]
@@ -94,14 +99,18 @@ class Description:
     left_out: Mapping[str, str]
 
 
-def describe(tensors: Mapping[str, Tensor], only: Iterable[str] | None = None) -> Description:
+def describe(tensors: Mapping[str, Tensor], wiring: Wiring | None = None) -> Description:
     """Describe a network by what no symmetry of it changes.
 
     ``tensors`` maps names to tensors of any shape and dtype and may be lazy: one tensor is held at a time.
-    ``only`` restricts to the tensors that take part in the function, where a proved wiring says which.
+    A proved ``wiring`` says which tensors take part in the function, and which of their axes belong together
+    because one is permuted in its own way at each position of the other: heads and the channels inside each
+    head, when they are kept as two axes. Without it every tensor counts and every axis stands for itself;
+    a wiring that is not proved changes nothing.
     Non-finite entries count as zero. Raises ``WeightspaceError`` when no tensor is left to describe.
     """
-    chosen = None if only is None else frozenset(only)
+    proved = wiring if wiring is not None and wiring.status == "proved" else None
+    chosen = None if proved is None else frozenset(proved) - frozenset(proved.untouched)
     blocks: list[Array] = []
     vectors: list[Array] = []
     used: list[str] = []
@@ -118,7 +127,10 @@ def describe(tensors: Mapping[str, Tensor], only: Iterable[str] | None = None) -
             left_out[name] = reason
             continue
         value = torch.view_as_real(value) if value.is_complex() else value
-        value = value.detach().squeeze()
+        value = value.detach()
+        if proved is not None and value.dim() == len(proved[name]):
+            value = _joined(value, together(proved, name))
+        value = value.squeeze()
         (blocks if value.dim() >= 2 else vectors).append(_features(value))
         used.append(name)
     if not used:
@@ -141,6 +153,23 @@ def describe(tensors: Mapping[str, Tensor], only: Iterable[str] | None = None) -
     return Description(np.concatenate([model, *pooled]), tuple(used), left_out)
 
 
+def together(wiring: Wiring, name: str) -> list[tuple[int, ...]]:
+    """The axes of a tensor in groups that the wiring's symmetries move as one: a partition of its dims."""
+    groups = [
+        (set(group.dims), {f for b in group.blocks for s in b for f in s.factors}) for group in wiring.layouts[name]
+    ]
+    found: list[tuple[set[int], set[str]]] = []
+    for dims, factors in groups:
+        kept = []
+        for other_dims, other_factors in found:
+            if _fibred(wiring, factors, other_factors) or _fibred(wiring, other_factors, factors):
+                dims, factors = dims | other_dims, factors | other_factors
+            else:
+                kept.append((other_dims, other_factors))
+        found = [*kept, (dims, factors)]
+    return sorted(tuple(sorted(dims)) for dims, _ in found)
+
+
 def distances(query: Array, others: Array) -> Array:
     """Distances from ``query`` (DIMENSION,) to each row of ``others`` (n, DIMENSION): shape (n,).
 
@@ -149,6 +178,19 @@ def distances(query: Array, others: Array) -> Array:
     """
     difference = np.asarray(others, dtype=np.float64) - np.asarray(query, dtype=np.float64)
     return np.asarray(np.sqrt(np.mean(difference * difference, axis=-1)), dtype=np.float64)
+
+
+def _fibred(wiring: Wiring, factors: set[str], over: set[str]) -> bool:
+    """Is one of the factors permuted in its own way at each position of one of the others?"""
+    return any(base in over for factor in factors for base in wiring.factors[factor].over)
+
+
+def _joined(value: Tensor, groups: Sequence[tuple[int, ...]]) -> Tensor:
+    """The tensor with one axis for each group of its axes."""
+    if all(len(group) == 1 for group in groups):
+        return value
+    sizes = [math.prod(value.shape[dim] for dim in group) for group in groups]
+    return value.permute([dim for group in groups for dim in group]).reshape(sizes)
 
 
 def _why_not(name: str, chosen: frozenset[str] | None) -> str | None:

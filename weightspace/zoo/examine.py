@@ -92,10 +92,7 @@ def describe_model(ckpt: Checkpoint, model: str, path: str, sha256: str) -> tupl
     from weightspace.retrieval import describe
 
     card, wiring = card_and_wiring(ckpt, model)
-    only = None
-    if wiring is not None and wiring.status == "proved":
-        only = [tensor for tensor in wiring if tensor not in wiring.untouched]
-    description = describe(ckpt, only)
+    description = describe(ckpt, wiring)
     row = ModelRow(model, path, sha256, card.to_dict(), description.vector.astype(np.float32))
     return row, description.used
 
