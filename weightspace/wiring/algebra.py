@@ -20,6 +20,7 @@ every tensor where it occurs; ``Ledger.observe`` narrows the set as tensors appe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -674,57 +675,103 @@ class Ledger:
         matched between the operands. ``implied`` are atoms whose position every element of the tensor
         has without carrying them as a dim (the expert that a token was sent to).
         """
-        atoms = [a for d in dims for a in self.normal(d)]
+        rows = [self.normal(d) for d in dims]
         for _ in range(64):
-            loose = [
-                a for a in atoms if isinstance(a.form, Family) and not any(x is self.find(a.form.index) for x in atoms)
-            ]
+            here = {a for row in rows for a in row}
+            loose = [a for a in here if isinstance(a.form, Family) and self.find(a.form.index) not in here]
             if not loose:
                 break
             for a in loose:
                 self.collapse(a)
-            atoms = self.normal(atoms)
-        self._observe(atoms, set(atoms), {self.find(a) for a in implied})
+            rows = [self.normal(row) for row in rows]
+        places = {(d, a) for d, row in enumerate(rows) for a in row}
+        self._observe(rows, places, {self.find(a) for a in implied})
 
-    def _observe(self, atoms: Dim, update: set[Atom], implied: set[Atom]) -> None:
-        for a in atoms:
-            if isinstance(a.form, Family):
-                index = self.find(a.form.index)
-                if any(x is index for x in atoms):
-                    self._observe_family(atoms, index, a.form, update, implied)
-                    return
-        seen: set[Atom] = set()
-        twice: set[Atom] = set()
-        for a in atoms:
-            (twice if a in seen else seen).add(a)
-        once = (seen - twice) | (implied - seen)
-        for a in seen & update:
-            if a.form is None:
-                if not a.pinned:
-                    self._narrow(a, once - {a})
-            elif isinstance(a.form, Sum):
-                others = [x for x in atoms if x is not a]
-                for part in a.form.parts:
-                    inside = self.normal(part)
-                    if inside:
-                        self._observe(others + inside, set(inside), implied)
+    def _observe(self, rows: list[Dim], update: set[tuple[int, Atom]], implied: set[Atom]) -> None:
+        for row in rows:
+            for a in row:
+                if isinstance(a.form, Family):
+                    index = self.find(a.form.index)
+                    # An index in the same dim is meant before one of that name elsewhere.
+                    at = next((e for e in [row, *rows] if index in e), None)
+                    if at is not None and isinstance(index.form, Sum):
+                        where = next(k for k, e in enumerate(rows) if e is at)
+                        self._observe_family(rows, where, index, a.form, update, implied)
+                        return
+        total = Counter(a for row in rows for a in row)
+        for d, row in enumerate(rows):
+            inside_counts = Counter(row)
+            for a in row:
+                if (d, a) not in update:
+                    continue
+                if a.form is None and not a.pinned:
+                    # Aligned are the other atoms of this very dim, and those that stand once in the tensor.
+                    companions = {x for x, n in inside_counts.items() if n == 1 and x is not a}
+                    companions |= {x for x, n in total.items() if n == 1 and x is not a}
+                    self._narrow(a, companions | (implied - set(total)))
+                elif isinstance(a.form, Sum):
+                    others = [x for x in row if x is not a]
+                    for part in a.form.parts:
+                        inside = self.normal(part)
+                        if inside:
+                            opened = [*rows[:d], others + inside, *rows[d + 1 :]]
+                            self._observe(opened, {(d, x) for x in inside}, implied)
 
-    def _observe_family(self, atoms: Dim, index: Atom, family: Family, update: set[Atom], implied: set[Atom]) -> None:
-        # Position by position along the index, every family over it is one of its members.
-        if not isinstance(index.form, Sum):
-            return
+    def _observe_family(
+        self,
+        rows: list[Dim],
+        where: int,
+        index: Atom,
+        family: Family,
+        update: set[tuple[int, Atom]],
+        implied: set[Atom],
+    ) -> None:
+        """Position by position along the index, every family over it is one of its members."""
         for lo, hi in pairwise(family.bounds):
             try:
                 part, cuts = self.cut([index], lo, hi)
             except Irreconcilable:
                 continue
             cuts = cuts or [(index, lo, hi, part)]
-            here = self.restrict(atoms, cuts)
-            here_set = set(here)
-            touched = {x for a in update for x in self.restrict([a], cuts)} & here_set
-            if any(isinstance(x.form, Family) and self.find(x.form.index) is index for x in here):
+            here = self.restrict_rows(rows, where, cuts)
+            touched = {
+                (d, x)
+                for d, row in enumerate(rows)
+                for a in row
+                if (d, a) in update
+                for x in (self.restrict([a], cuts) if self._follows(rows, d, where, index) else [a])
+            }
+            if any(
+                isinstance(x.form, Family) and self.find(x.form.index) is index
+                for d, row in enumerate(here)
+                if self._follows(rows, d, where, index)
+                for x in row
+            ):
                 continue
             self._observe(here, touched, implied)
+
+    def _follows(self, rows: Sequence[Dim], d: int, where: int, index: Atom) -> bool:
+        """Do families in dim d follow the index that stands in dim ``where``? Not if it has one of its own."""
+        return d == where or index not in rows[d]
+
+    def restrict_rows(self, rows: Sequence[Iterable[Atom]], where: int, cuts: Sequence[Cut]) -> list[Dim]:
+        """All dims of a tensor after its dim ``where`` was cut."""
+        normal = [self.normal(row) for row in rows]
+        out = []
+        for d, row in enumerate(normal):
+            applying = [c for c in cuts if d == where or not self._reaches(row, self.find(c[0]))]
+            out.append(self.restrict(row, applying))
+        return out
+
+    def _reaches(self, dim: Iterable[Atom], atom: Atom) -> bool:
+        for a in self.normal(dim):
+            if a is atom:
+                return True
+            if isinstance(a.form, Sum) and any(self._reaches(p, atom) for p in a.form.parts):
+                return True
+            if isinstance(a.form, Family) and any(self._reaches([m], atom) for m in a.form.members):
+                return True
+        return False
 
     def _narrow(self, a: Atom, companions: set[Atom]) -> None:
         if a.over is None:

@@ -13,7 +13,6 @@ from weightspace.wiring.wiring import DimGroup, Layout, Wiring, _stem
 
 # Positions of one dim while its atoms are being taken apart: start, and (atom, stride) pairs.
 _Cursor = tuple[int, tuple[tuple[Atom, int], ...]]
-_MAX_BLOCKS = 4096
 
 
 def resolve(trace: Trace, program: Program) -> Wiring:
@@ -54,12 +53,14 @@ def _groups(ledger: Ledger, label: Label) -> list[_RawGroup]:
             i = parent[i]
         return i
 
-    # Families tie their dim to the dim of their index, at any depth.
+    # Families tie their dim to the dim of their index, at any depth; an index in the same dim goes first.
     for d, dim in enumerate(dims):
-        for index in _indices(ledger, dim):
+        own = _reachable(ledger, dim)
+        for index in _indices(ledger, dim) - own:
             for e, other in enumerate(dims):
                 if e != d and any(a is index for a in _reachable(ledger, other)):
                     parent[root(d)] = root(e)
+                    break
     members: dict[int, list[int]] = {}
     for d in range(len(dims)):
         members.setdefault(root(d), []).append(d)
@@ -106,49 +107,61 @@ def _reachable(ledger: Ledger, dim: Dim) -> set[Atom]:
 
 
 def _expand(ledger: Ledger, cursors: tuple[_Cursor, ...]) -> list[_RawBlock]:
-    atoms = [a for _, items in cursors for a, _ in items]
-    for a in atoms:
-        if isinstance(a.form, Family):
-            index = ledger.find(a.form.index)
-            if any(x is index for x in atoms):
-                ranges = list(pairwise(a.form.bounds))
-                return [b for lo, hi in ranges for b in _expand(ledger, _narrow(ledger, cursors, index, lo, hi))]
-    for a in atoms:
-        if isinstance(a.form, Sum):
-            out: list[_RawBlock] = []
-            offset = 0
-            for part in a.form.parts:
-                width = size_of(part)
-                if width:
-                    out += _expand(ledger, _narrow(ledger, cursors, a, offset, offset + width))
-                offset += width
-            if len(out) > _MAX_BLOCKS:
-                ledger.pin(atoms, "cut into too many pieces")
-            return out
-    for a in atoms:
-        if isinstance(a.form, Family):
-            # Its index is not in this tensor: the members must be one.
-            ledger.collapse(a)
-            fresh = tuple(
-                (start, tuple(y for x, s in items for y in _strided(ledger.normal([x]), s))) for start, items in cursors
-            )
-            return _expand(ledger, fresh)
+    """Take families and sums apart until only primitive atoms are left."""
+    rows = [[a for a, _ in items] for _, items in cursors]
+    for d, row in enumerate(rows):
+        for a in row:
+            if isinstance(a.form, Family):
+                index = ledger.find(a.form.index)
+                where = next((e for e in (d, *range(len(rows))) if index in rows[e]), None)
+                if where is not None:
+                    ranges = pairwise(a.form.bounds)
+                    return [
+                        b for lo, hi in ranges for b in _expand(ledger, _narrow(ledger, cursors, where, index, lo, hi))
+                    ]
+    for d, row in enumerate(rows):
+        for a in row:
+            if isinstance(a.form, Sum):
+                out: list[_RawBlock] = []
+                offset = 0
+                for part in a.form.parts:
+                    width = size_of(part)
+                    if width:
+                        out += _expand(ledger, _narrow(ledger, cursors, d, a, offset, offset + width))
+                    offset += width
+                return out
+    for row in rows:
+        for a in row:
+            if isinstance(a.form, Family):
+                # Its index is not in this tensor: the members must be one.
+                ledger.collapse(a)
+                fresh = tuple(
+                    (start, tuple(y for x, s in items for y in _strided(ledger.normal([x]), s)))
+                    for start, items in cursors
+                )
+                return _expand(ledger, fresh)
     return [cursors]
 
 
-def _narrow(ledger: Ledger, cursors: tuple[_Cursor, ...], atom: Atom, lo: int, hi: int) -> tuple[_Cursor, ...]:
+def _narrow(
+    ledger: Ledger, cursors: tuple[_Cursor, ...], where: int, atom: Atom, lo: int, hi: int
+) -> tuple[_Cursor, ...]:
+    """The part of a tensor where the position along ``atom`` in dim ``where`` lies in [lo, hi)."""
     piece, cuts = ledger.cut([atom], lo, hi)
     if not cuts and size_of(piece) != hi - lo:
         raise Irreconcilable
     out = []
-    for start, items in cursors:
+    for d, (start, items) in enumerate(cursors):
         new: list[tuple[Atom, int]] = []
+        follows = d == where or not any(a is atom for a, _ in items)
         for a, stride in items:
-            if a is atom:
+            if a is atom and d == where:
                 start += lo * stride
                 new += _strided(piece, stride)
-            else:
+            elif follows:
                 new += _strided(ledger.restrict([a], cuts), stride)
+            else:
+                new.append((a, stride))
         out.append((start, tuple(new)))
     return tuple(out)
 

@@ -359,7 +359,9 @@ def _addresses(block: Block, perm: Permutation) -> tuple[list[torch.Tensor], lis
             if p is None:
                 origin = origin + stride * steps
             else:
-                over = [where[o] for o in perm.factors[f].over]
+                # A factor in the same dim is meant before one of that name elsewhere.
+                here = {segment.factors[j]: places.index((d, j)) for j in range(len(segment.factors))}
+                over = [here[o] if o in here else where[o] for o in perm.factors[f].over]
                 origin = origin + stride * spread(p, [*over, axis])
         # Flat per dim of the tensor: positions of this dim, over all places of the block.
         targets.append(target)

@@ -140,4 +140,5 @@ def cut(t: Tracer, dims: list[Dim], d: int, start: int, stop: int) -> list[Dim]:
         out[d] = t.ledger.dim(stop - start, pinned=True, reason="pinned")
         return out
     # cut() may have refined atoms of the other dims too.
-    return [piece if k == d else t.ledger.restrict(x, cuts) for k, x in enumerate(dims)]
+    rest = t.ledger.restrict_rows(dims, d, cuts)
+    return [piece if k == d else x for k, x in enumerate(rest)]
