@@ -17,4 +17,5 @@ def build(signature: ws.Signature) -> ws.Skeleton | None:
     if found is None:
         return None
     module, shape = found
-    return ws.Skeleton(module.eval(), (torch.randn(2, *shape),), f"{type(module).__name__.upper()} of a weightspace recipe")
+    name = f"{type(module).__name__.upper()} of a weightspace recipe"
+    return ws.Skeleton(module.eval(), (torch.randn(2, *shape),), name)
