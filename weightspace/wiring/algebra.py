@@ -245,8 +245,15 @@ class Ledger:
                 self.split(a, stop)
             return self._cut_atom(a, start, stop)
         if isinstance(a.form, Family):
-            pieces = [self.cut([m], start, stop)[0] for m in a.form.members]
-            return self._family_of_dims(a.form, pieces), []
+            form = a.form
+            pieces = []
+            for m in form.members:
+                piece, inner = self.cut([m], start, stop)
+                pieces.append(piece)
+                for atom, *_ in inner:
+                    # What the index is made of cannot follow a cut of one member: it stays one for all parts.
+                    self._detach([self.find(form.index)], self.find(atom))
+            return self._family_of_dims(form, pieces), []
         assert isinstance(a.form, Sum)
         found: list[tuple[Dim, int, int, list[Cut]]] = []
         offset = 0
@@ -268,6 +275,18 @@ class Ledger:
                 offset += width
         whole = self.sum_of([piece for piece, *_ in found])
         return whole, [(a, start, stop, whole)]
+
+    def _detach(self, dim: Iterable[Atom], index: Atom) -> None:
+        """Collapse the families over ``index`` below a dim."""
+        for a in self.normal(dim):
+            if isinstance(a.form, Family) and self.find(a.form.index) is index:
+                self.collapse(a)
+            elif isinstance(a.form, Family):
+                for m in a.form.members:
+                    self._detach([m], index)
+            elif isinstance(a.form, Sum):
+                for part in a.form.parts:
+                    self._detach(part, index)
 
     def sum_of(self, dims: Sequence[Dim]) -> Dim:
         """The concatenation of dims as one dim."""

@@ -44,9 +44,7 @@ _OTHER_NAMES = {
 }  # fmt: skip
 
 
-def program_from_keras(
-    source: str | os.PathLike[str] | Checkpoint, inputs: Sequence[Tensor] | None = None
-) -> Program:
+def program_from_keras(source: str | os.PathLike[str] | Checkpoint, inputs: Sequence[Tensor] | None = None) -> Program:
     """The network of a Keras file (``.h5``, ``.hdf5``, ``.keras``) that holds its configuration.
 
     Raises:
@@ -96,9 +94,7 @@ def program_from_keras_config(
     """
     kind = str(config.get("class_name"))
     if kind not in MODELS:
-        raise WiringError(
-            f"Keras model of class {kind!r}: expected Sequential or Functional (a subclass is code)"
-        )
+        raise WiringError(f"Keras model of class {kind!r}: expected Sequential or Functional (a subclass is code)")
     try:
         model = read_model(kind, config.get("config"), (), "", 0)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -143,18 +139,14 @@ def _bind(model: Model, tensors: Mapping[str, Tensor]) -> dict[Weight, str]:
         groups.setdefault(parts[0], []).append((name, parts[1:]))
     for layer in all_layers(model):
         for part, role, index in roles_of(layer.kind, layer.config):
-            found = (
-                _by_place(layer, part, index, tensors) if by_place else _by_name(layer, part, role, groups)
-            )
+            found = _by_place(layer, part, index, tensors) if by_place else _by_name(layer, part, role, groups)
             if found is None:
                 raise WiringError(
                     f"Keras layer {'/'.join(n for n in layer.names if n)!r} ({layer.kind}) has no weight "
                     f"{part + '/' if part else ''}{role} among the {len(tensors)} tensors of the file"
                 )
             if found in taken:
-                raise WiringError(
-                    f"tensor {found!r} fits two weights of the Keras model: its names are ambiguous"
-                )
+                raise WiringError(f"tensor {found!r} fits two weights of the Keras model: its names are ambiguous")
             taken.add(found)
             bound[_key(layer), f"{part}/{role}" if part else role] = found
     return bound
@@ -178,9 +170,7 @@ def _by_place(layer: Layer, part: str, index: int, tensors: Mapping[str, Tensor]
     return None
 
 
-def _by_name(
-    layer: Layer, part: str, role: str, groups: Mapping[str, list[tuple[str, tuple[str, ...]]]]
-) -> str | None:
+def _by_name(layer: Layer, part: str, role: str, groups: Mapping[str, list[tuple[str, tuple[str, ...]]]]) -> str | None:
     """The tensor below the outermost layer's group whose path fits the inner names and the role best."""
     roles = _OTHER_NAMES.get(role, (role,))
     inner = [n for n in layer.names[1:] if n] + ([part] if part and part != "cell" else [])
@@ -210,16 +200,12 @@ class _Context:
     major: int
 
 
-def _run_model(
-    model: Model, tensors: Mapping[str, Tensor], args: Sequence[Tensor], context: _Context
-) -> list[Any]:
+def _run_model(model: Model, tensors: Mapping[str, Tensor], args: Sequence[Tensor], context: _Context) -> list[Any]:
     if len(args) != len(model.inputs):
         raise WiringError(f"the Keras model takes {len(model.inputs)} inputs: {len(args)} were given")
     values: dict[Reference, Any] = dict(zip(model.inputs, args, strict=True))
     for step in model.steps:
-        results = _run_layer(
-            step.layer, tensors, _filled(step.args, values), _filled(step.kwargs, values), context
-        )
+        results = _run_layer(step.layer, tensors, _filled(step.args, values), _filled(step.kwargs, values), context)
         for i, result in enumerate(results if isinstance(results, (list, tuple)) else [results]):
             values[step.layer.name, step.index, i] = result
     missing = [r for r in model.outputs if r not in values]
@@ -231,9 +217,7 @@ def _run_model(
 def _filled(value: Any, values: Mapping[Reference, Any]) -> Any:
     if isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], str):
         if value not in values:
-            raise WiringError(
-                f"the Keras model uses output {value[2]} of layer {value[0]!r}, which was not made"
-            )
+            raise WiringError(f"the Keras model uses output {value[2]} of layer {value[0]!r}, which was not made")
         return values[value]
     if isinstance(value, Mapping):
         return {k: _filled(v, values) for k, v in value.items()}
@@ -260,9 +244,7 @@ def _run_layer(
         return _run_layer(layer.wrapped[part], tensors, inputs, named, context)
 
     wrapped = {k: (v.kind, v.config) for k, v in layer.wrapped.items()}
-    kwargs = {
-        k: v for k, v in kwargs.items() if k not in ("mask", "training")
-    }  # nothing is masked: see notes
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("mask", "training")}  # nothing is masked: see notes
     call = Call(layer.name, layer.kind, layer.config, weight, inside, wrapped, context.major)
     try:
         return LAYERS[layer.kind](call, *args, **kwargs)
@@ -270,9 +252,7 @@ def _run_layer(
         raise
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
-        raise WiringError(
-            f"Keras layer {layer.name!r} ({layer.kind}) could not run on {shapes}: {error}"
-        ) from error
+        raise WiringError(f"Keras layer {layer.name!r} ({layer.kind}) could not run on {shapes}: {error}") from error
 
 
 # ---- example inputs --------------------------------------------------------------------------------
@@ -333,7 +313,5 @@ def _takes_tokens(layer: Layer) -> bool:
         return True
     if layer.inner is not None and layer.inner.steps:
         start = layer.inner.inputs
-        return any(
-            _takes_tokens(s.layer) for s in layer.inner.steps if set(start) & set(references_in(s.args))
-        )
+        return any(_takes_tokens(s.layer) for s in layer.inner.steps if set(start) & set(references_in(s.args)))
     return any(_takes_tokens(w) for w in layer.wrapped.values())

@@ -60,11 +60,7 @@ def read_model(kind: str, config: Any, names: tuple[str, ...], place: str, depth
     if depth > MAX_DEPTH:
         raise WiringError(f"the Keras model nests models deeper than {MAX_DEPTH}: refused")
     listed = config.get("layers") if isinstance(config, Mapping) else config
-    if (
-        not isinstance(listed, Sequence)
-        or not listed
-        or not all(isinstance(item, Mapping) for item in listed)
-    ):
+    if not isinstance(listed, Sequence) or not listed or not all(isinstance(item, Mapping) for item in listed):
         raise WiringError("the Keras configuration has no list of layers")
     counts: dict[str, int] = {}
     layers: dict[str, Layer] = {}
@@ -101,9 +97,7 @@ def _read_layer(
         )
     here = place
     if not is_operation:
-        snake = re.sub(
-            r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", kind))
-        )
+        snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", kind)))
         snake = snake.lower()
         count = counts.get(snake, 0)
         counts[snake] = count + 1
@@ -156,9 +150,7 @@ def _sequential(layers: Mapping[str, Layer]) -> Model:
     return Model(tuple(steps), (start,), (previous,), layers)
 
 
-def _functional(
-    config: Mapping[str, Any], layers: Mapping[str, Layer], inbound: Mapping[str, list[Any]]
-) -> Model:
+def _functional(config: Mapping[str, Any], layers: Mapping[str, Layer], inbound: Mapping[str, list[Any]]) -> Model:
     shift = {  # some writers count the creation of an inner model as its first call
         name: 1
         for name, layer in layers.items()
@@ -176,9 +168,7 @@ def _functional(
                 args, kwargs = _legacy_node(node, shift)
             pending.append(Step(layer, index, args, kwargs))
     if len(pending) > MAX_CALLS:
-        raise WiringError(
-            f"the Keras model makes {len(pending):,} calls of layers: at most {MAX_CALLS:,} are run"
-        )
+        raise WiringError(f"the Keras model makes {len(pending):,} calls of layers: at most {MAX_CALLS:,} are run")
     steps = _in_order(pending, {(name, 0) for name, nodes in inbound.items() if not nodes})
     inputs = references_in(_references(config.get("input_layers", []), shift))
     outputs = references_in(_references(config.get("output_layers", []), shift))

@@ -233,9 +233,7 @@ _MAX: tuple[Callable[..., Tensor], ...] = (F.max_pool1d, F.max_pool2d, F.max_poo
 _AVERAGE: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _padding(
-    call: Call, x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
-) -> Any:
+def _padding(call: Call, x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Any:
     """Padding per spatial axis; ``x`` is (batch, channels, ...)."""
     mode = call.get("padding", "border_mode", default="valid")
     shape = x.shape[2:]
@@ -280,9 +278,7 @@ def _conv(call: Call, x: Tensor) -> Tensor:
         kernel = kernel.squeeze(1)
     if call.kind.startswith("Convolution") and channels_first(call):
         raise call.refuse("Keras 1 with channels first")
-    y = _convolve(
-        call, _to_first(call, x), _kernel_first(kernel), call.weight("bias"), call.get("groups", default=1)
-    )
+    y = _convolve(call, _to_first(call, x), _kernel_first(kernel), call.weight("bias"), call.get("groups", default=1))
     return _back(call, y)
 
 
@@ -331,9 +327,7 @@ def _conv_transpose(call: Call, x: Tensor) -> Tensor:
 # ---- pooling, padding, resizing --------------------------------------------------------------------------
 
 
-@layer(
-    "MaxPooling1D", "MaxPooling2D", "MaxPooling3D", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D"
-)
+@layer("MaxPooling1D", "MaxPooling2D", "MaxPooling3D", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D")
 def _pool(call: Call, x: Tensor) -> Tensor:
     rank, x = int(call.kind[-2]), _to_first(call, x)
     kernel = sizes(call.get("pool_size", "pool_length", default=2), rank)
@@ -457,11 +451,7 @@ def _group_norm(call: Call, x: Tensor) -> Tensor:
 def _rms_norm(call: Call, x: Tensor) -> Tensor:
     if call.get("axis", default=-1) not in (-1, [-1], x.ndim - 1):
         raise call.refuse("an axis other than the last")
-    return (
-        x
-        * torch.rsqrt((x * x).mean(-1, keepdim=True) + call.get("epsilon", default=1e-6))
-        * call.need("scale")
-    )
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + call.get("epsilon", default=1e-6)) * call.need("scale")
 
 
 @layer("UnitNormalization")

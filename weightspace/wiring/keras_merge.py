@@ -84,12 +84,7 @@ def _dot(call: Call, xs: Sequence[Tensor]) -> Tensor:
 # ---- functions of keras.ops that a model calls between its layers -----------------------------------
 
 
-@layer(
-    *(
-        f"ops.{n}"
-        for n in ("Relu", "Sigmoid", "Tanh", "Gelu", "Silu", "Elu", "Selu", "Softplus", "Exp", "Softmax")
-    )
-)
+@layer(*(f"ops.{n}" for n in ("Relu", "Sigmoid", "Tanh", "Gelu", "Silu", "Elu", "Selu", "Softplus", "Exp", "Softmax")))
 def _function(call: Call, x: Tensor) -> Tensor:
     name = call.kind.removeprefix("ops.").lower()
     if name == "softmax":
@@ -117,13 +112,7 @@ def _reshape_all(call: Call, x: Tensor) -> Tensor:
 @layer("ops.Mean", "ops.Sum", "ops.Max")
 def _reduce(call: Call, x: Tensor) -> Tensor:
     axis, keep = call.config.get("axis"), bool(call.config.get("keepdims"))
-    dims = (
-        tuple(range(x.ndim))
-        if axis is None
-        else tuple(axis)
-        if isinstance(axis, (list, tuple))
-        else (int(axis),)
-    )
+    dims = tuple(range(x.ndim)) if axis is None else tuple(axis) if isinstance(axis, (list, tuple)) else (int(axis),)
     if call.kind == "ops.Max":
         return x.amax(dims, keepdim=keep)
     return x.mean(dims, keepdim=keep) if call.kind == "ops.Mean" else x.sum(dims, keepdim=keep)

@@ -35,9 +35,7 @@ def _cell_weights(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     return call.need("kernel"), call.need("recurrent_kernel"), call.weight("bias")
 
 
-def _unrolled(
-    call: Call, kind: str, x: Any, kernel: Tensor, recurrent: Tensor, bias: Tensor | None, state: Any
-) -> Any:
+def _unrolled(call: Call, kind: str, x: Any, kernel: Tensor, recurrent: Tensor, bias: Tensor | None, state: Any) -> Any:
     """Steps through ``x``: (batch, time, in); state: (batch, units) each."""
     if call.config.get("time_major"):
         raise call.refuse("time_major")
@@ -173,11 +171,7 @@ def _projected(call: Call, part: str, x: Tensor) -> Tensor:
 
 @layer("Attention")
 def _attention(call: Call, xs: Sequence[Tensor], **settings: Any) -> Tensor:
-    if (
-        call.config.get("use_scale")
-        or call.config.get("score_mode", "dot") != "dot"
-        or settings.get("use_causal_mask")
-    ):
+    if call.config.get("use_scale") or call.config.get("score_mode", "dot") != "dot" or settings.get("use_causal_mask"):
         raise call.refuse("scaled, concatenated or causal scores")
     query, value = xs[0], xs[1]
     key = xs[2] if len(xs) > 2 else value

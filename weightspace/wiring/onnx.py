@@ -74,9 +74,7 @@ def program_from_onnx(
 
     args = _example_inputs(graph, weights, declared, dict(inputs or {}))
     used = evaluate(graph, weights, dict(zip(graph.inputs, args, strict=True)))[1]
-    notes = [
-        f"opset {max((o.version for o in model.opset_import if o.domain in ('', 'ai.onnx')), default=1)}"
-    ]
+    notes = [f"opset {max((o.version for o in model.opset_import if o.domain in ('', 'ai.onnx')), default=1)}"]
     if idle := [name for name in weights if name not in used]:
         notes.append(f"tensors that the example inputs do not reach: {', '.join(idle)}")
     tensors = {name: tensor for name, tensor in weights.items() if name in used}
@@ -131,14 +129,10 @@ def _fetch(name: str, graph: Graph, values: _Values, weights: Mapping[str, Tenso
         full = graph.weights[name]
         used.add(full)
         return weights[full]
-    raise WiringError(
-        f"the ONNX graph {graph.name!r} uses {name!r}, which no node, input or initialiser defines"
-    )
+    raise WiringError(f"the ONNX graph {graph.name!r} uses {name!r}, which no node, input or initialiser defines")
 
 
-def _evaluate(
-    graph: Graph, values: _Values, weights: Mapping[str, Tensor], used: set[str], state: State
-) -> None:
+def _evaluate(graph: Graph, values: _Values, weights: Mapping[str, Tensor], used: set[str], state: State) -> None:
     for name, constant in graph.constants.items():
         values.of[name] = constant.double() if state.wide and constant.dtype in floating else constant
         values.fixed.add(name)
@@ -223,14 +217,10 @@ def _scan(node: Node, args: list[Any], call: Any) -> tuple[Any, ...]:
     kept = len(args) - scans
     for setting in ("scan_input_axes", "scan_input_directions", "scan_output_axes", "scan_output_directions"):
         if any(node.attrs.get(setting, [])):
-            raise WiringError(
-                f"ONNX Scan {node.name!r} sets {setting}: only forward scans of axis 0 are supported"
-            )
+            raise WiringError(f"ONNX Scan {node.name!r} sets {setting}: only forward scans of axis 0 are supported")
     carried, sequences = args[:kept], args[kept:]
     if sequences[0].shape[0] > MAX_TRIPS:
-        raise WiringError(
-            f"ONNX Scan {node.name!r} runs over {sequences[0].shape[0]} steps: at most {MAX_TRIPS}"
-        )
+        raise WiringError(f"ONNX Scan {node.name!r} runs over {sequences[0].shape[0]} steps: at most {MAX_TRIPS}")
     columns: list[list[Any]] = [[] for _ in body.outputs[kept:]]
     for items in zip(*(s.unbind(0) for s in sequences), strict=True):
         results = call(body, [*carried, *items], [False] * len(args))
@@ -276,9 +266,7 @@ def _example_inputs(
 
 def _sizes(declared: Sequence[Input]) -> Iterator[tuple[list[tuple[int, ...]], bool]]:
     """Shapes to try, and whether the leading dimension was declared otherwise than it is tried."""
-    batch: set[Any] = {"batch", "batch_size", "N", "n"} | {
-        i.dims[0] for i in declared if i.dims and i.dims[0]
-    }
+    batch: set[Any] = {"batch", "batch_size", "N", "n"} | {i.dims[0] for i in declared if i.dims and i.dims[0]}
     batch = {b for b in batch if isinstance(b, str)}
     free = any(
         not isinstance(d, int) and d not in batch and (d is not None or p)

@@ -24,15 +24,11 @@ _MAX_POOL: tuple[Callable[..., Any], ...] = (F.max_pool1d, F.max_pool2d, F.max_p
 _AVERAGE_POOL: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _spatial(
-    node: Node, x: Tensor, kernel: Sequence[int]
-) -> tuple[list[int], list[int], list[int], list[int]]:
+def _spatial(node: Node, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
     """Strides, dilations, padding before and padding after, per spatial axis."""
     rank = len(kernel)
     if not 1 <= rank <= 3:
-        raise WiringError(
-            f"ONNX node {node.name!r} ({node.op}) has {rank} spatial axes: 1 to 3 are supported"
-        )
+        raise WiringError(f"ONNX node {node.name!r} ({node.op}) has {rank} spatial axes: 1 to 3 are supported")
     strides = list(node.attrs.get("strides") or [1] * rank)
     dilations = list(node.attrs.get("dilations") or [1] * rank)
     pads = list(node.attrs.get("pads") or [0] * (2 * rank))
@@ -74,9 +70,7 @@ def _conv_transpose(node: Node, args: Args, state: State) -> Tensor:
     strides, dilations, before, after = _spatial(node, x, weight.shape[2:])
     extra = list(node.attrs.get("output_padding") or [0] * rank)
     wanted, auto = node.attrs.get("output_shape"), node.attrs.get("auto_pad", "NOTSET")
-    full = [
-        (x.shape[2 + i] - 1) * strides[i] + (weight.shape[2 + i] - 1) * dilations[i] + 1 for i in range(rank)
-    ]
+    full = [(x.shape[2 + i] - 1) * strides[i] + (weight.shape[2 + i] - 1) * dilations[i] + 1 for i in range(rank)]
     if wanted or auto.startswith("SAME"):
         target = list(wanted)[-rank:] if wanted else [x.shape[2 + i] * strides[i] for i in range(rank)]
         for i in range(rank):
@@ -151,9 +145,7 @@ def _resize(node: Node, args: Args, state: State) -> Tensor:
         or where == "tf_crop_and_resize"
         or attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch"
     ):
-        raise WiringError(
-            f"ONNX node {node.name!r} (Resize): antialias, crops and aspect policies are not supported"
-        )
+        raise WiringError(f"ONNX node {node.name!r} (Resize): antialias, crops and aspect policies are not supported")
     axes = [int(a) % rank for a in attrs.get("axes") or range(rank)]
     rounding = attrs.get("nearest_mode", "floor" if node.version < 11 else "round_prefer_floor")
     for i, axis in enumerate(axes):
@@ -229,9 +221,7 @@ def _cubic(distance: float, a: float) -> float:
 @op("BatchNormalization")
 def _batch_norm(node: Node, args: Args, state: State) -> Tensor:
     if node.attrs.get("training_mode"):
-        raise WiringError(
-            f"ONNX node {node.name!r} normalises by its batch (training_mode): export in eval mode"
-        )
+        raise WiringError(f"ONNX node {node.name!r} normalises by its batch (training_mode): export in eval mode")
     if not node.attrs.get("spatial", 1):
         raise WiringError(f"ONNX node {node.name!r} (BatchNormalization) has spatial=0: not supported")
     x, scale, bias, mean, variance = args[:5]
@@ -305,9 +295,7 @@ def _lrn(node: Node, args: Args, state: State) -> Tensor:
 def _attention(node: Node, args: Args, state: State) -> Tensor:
     attrs = node.attrs
     if any(optional(args, i) is not None for i in (4, 5, 6)) or any(node.outputs[1:]):
-        raise WiringError(
-            f"ONNX node {node.name!r} (Attention) keeps a cache or returns scores: not supported"
-        )
+        raise WiringError(f"ONNX node {node.name!r} (Attention) keeps a cache or returns scores: not supported")
     if attrs.get("softcap") or attrs.get("qk_matmul_output_mode"):
         raise WiringError(f"ONNX node {node.name!r} (Attention) caps or returns its scores: not supported")
     q, k, v = args[:3]
@@ -339,15 +327,9 @@ def _recurrent(node: Node, args: Args, state: State) -> tuple[Any, ...]:
     attrs, lstm = node.attrs, node.op == "LSTM"
     x, weight, recurrent = args[:3]
     bias, lengths, first, first_cell, peepholes = (optional(args, i) for i in (3, 4, 5, 6, 7))
-    if (
-        attrs.get("clip")
-        or attrs.get("input_forget")
-        or attrs.get("activation_alpha")
-        or attrs.get("activation_beta")
-    ):
+    if attrs.get("clip") or attrs.get("input_forget") or attrs.get("activation_alpha") or attrs.get("activation_beta"):
         raise WiringError(
-            f"ONNX node {node.name!r} ({node.op}) sets clip, input_forget or activation constants: "
-            "not supported"
+            f"ONNX node {node.name!r} ({node.op}) sets clip, input_forget or activation constants: not supported"
         )
     batch_first = bool(attrs.get("layout"))
     if batch_first:
@@ -355,9 +337,7 @@ def _recurrent(node: Node, args: Args, state: State) -> tuple[Any, ...]:
         first, first_cell = (None if t is None else t.transpose(0, 1) for t in (first, first_cell))
     names = [a.lower() for a in attrs.get("activations") or _DEFAULT[node.op] * weight.shape[0]]
     if unknown := set(names) - set(_ACTIVATIONS):
-        raise WiringError(
-            f"ONNX node {node.name!r} ({node.op}) uses activations {sorted(unknown)}: not supported"
-        )
+        raise WiringError(f"ONNX node {node.name!r} ({node.op}) uses activations {sorted(unknown)}: not supported")
     per = len(_DEFAULT[node.op])
     sides, hiddens, cells = [], [], []
     for d in range(weight.shape[0]):

@@ -58,9 +58,7 @@ class State:
         """The torch type of an ONNX element type, widened where the run is wide."""
         found = self.dtypes().get(int(code))
         if found is None:
-            raise WiringError(
-                f"ONNX node {node.name!r} ({node.op}) asks for element type {code}: not a torch type"
-            )
+            raise WiringError(f"ONNX node {node.name!r} ({node.op}) asks for element type {code}: not a torch type")
         return torch.float64 if self.wide and found in floating else found
 
 
@@ -301,9 +299,7 @@ def _dequantize(node: Node, args: Args, state: State) -> Tensor:
     x, scale, zero = args[0], args[1], optional(args, 2)
     if scale.ndim == 1 and scale.numel() > 1:
         axis = node.attrs.get("axis", 1) % x.ndim
-        scale, zero = (
-            None if t is None else t.reshape(-1, *[1] * (x.ndim - axis - 1)) for t in (scale, zero)
-        )
+        scale, zero = (None if t is None else t.reshape(-1, *[1] * (x.ndim - axis - 1)) for t in (scale, zero))
     return x.to(scale.dtype) * scale if zero is None else (x.to(scale.dtype) - zero.to(scale.dtype)) * scale
 
 

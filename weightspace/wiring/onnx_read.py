@@ -98,17 +98,13 @@ def _self_contained(graph: Any) -> bool:
     return all(_self_contained(inner) for inner, _ in _subgraphs(graph))
 
 
-def read_graph(
-    model: Any, stored: Mapping[str, Tensor]
-) -> tuple[Graph, dict[str, Tensor], tuple[Input, ...]]:
+def read_graph(model: Any, stored: Mapping[str, Tensor]) -> tuple[Graph, dict[str, Tensor], tuple[Input, ...]]:
     """The main graph, its weights by name (those of subgraphs too), and its declared inputs."""
     version = {("" if o.domain == "ai.onnx" else o.domain): int(o.version) for o in model.opset_import}
     version.setdefault("", 1)
     held = _held(model.graph, "")
     counts = Counter(name for name, _ in held)
-    reader = _Reader(
-        version, stored, {}, _setting_names(model.graph), {n for n, c in counts.items() if c > 1}
-    )
+    reader = _Reader(version, stored, {}, _setting_names(model.graph), {n for n, c in counts.items() if c > 1})
     graph = reader.graph(model.graph, {}, "", 0)
     own = {name for name, place in held if not place}
     declared = tuple(_read_input(i) for i in model.graph.input if i.name not in own)
@@ -119,9 +115,7 @@ def _held(graph: Any, place: str) -> list[tuple[str, str]]:
     """Every initialiser and constant of a graph and its subgraphs, with its place."""
     found = [(t.name, place) for t in graph.initializer]
     found += [(t.values.name, place) for t in graph.sparse_initializer]
-    found += [
-        (n.output[0], place) for n in graph.node if n.op_type == "Constant" and n.domain in ("", "ai.onnx")
-    ]
+    found += [(n.output[0], place) for n in graph.node if n.op_type == "Constant" and n.domain in ("", "ai.onnx")]
     for inner, where in _subgraphs(graph):
         found += _held(inner, f"{place}/{where}" if place else where)
     return found
@@ -196,9 +190,7 @@ class _Reader:
             for a in n.attribute:
                 if a.HasField("g"):
                     where = f"{n.name or n.output[0] or n.op_type}/{a.name}"
-                    attributes[a.name] = self.graph(
-                        a.g, names, f"{place}/{where}" if place else where, depth + 1
-                    )
+                    attributes[a.name] = self.graph(a.g, names, f"{place}/{where}" if place else where, depth + 1)
                 else:
                     attributes[a.name] = _read_attribute(a)
             version = self.version.get(domain, 1)
@@ -220,8 +212,7 @@ def _read_tensor(proto: Any, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         return stored[name].detach()
     if onnx.external_data_helper.uses_external_data(proto):
         raise WiringError(
-            f"tensor {name!r} lies in an external file: open the checkpoint with weightspace.open "
-            "and pass that"
+            f"tensor {name!r} lies in an external file: open the checkpoint with weightspace.open and pass that"
         )
     kind = proto.data_type
     if kind in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
@@ -240,9 +231,7 @@ def _read_constant(node: Any, name: str, stored: Mapping[str, Tensor]) -> Tensor
         return torch.tensor(_read_attribute(value), dtype=torch.float32)
     if value.name in ("value_int", "value_ints"):
         return torch.tensor(_read_attribute(value), dtype=torch.int64)
-    raise WiringError(
-        f"Constant node {node.name or node.output[0]!r} holds {value.name!r}: only numbers are supported"
-    )
+    raise WiringError(f"Constant node {node.name or node.output[0]!r} holds {value.name!r}: only numbers are supported")
 
 
 def _read_attribute(attribute: Any) -> Any:
@@ -268,15 +257,11 @@ def _read_attribute(attribute: Any) -> Any:
 
 def _read_input(proto: Any) -> Input:
     if not proto.type.HasField("tensor_type"):
-        raise WiringError(
-            f"input {proto.name!r} of the ONNX graph is not a tensor: pass example inputs by name"
-        )
+        raise WiringError(f"input {proto.name!r} of the ONNX graph is not a tensor: pass example inputs by name")
     kind = proto.type.tensor_type
     dtype = State.dtypes().get(kind.elem_type)
     if dtype is None:
-        raise WiringError(
-            f"input {proto.name!r} has ONNX element type {kind.elem_type}: only numbers are supported"
-        )
+        raise WiringError(f"input {proto.name!r} has ONNX element type {kind.elem_type}: only numbers are supported")
     dims: list[int | str | None] = [
         int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None)
         for d in kind.shape.dim

@@ -19,9 +19,7 @@ from weightspace.wiring.onnx_ops import Args, Node, State, bounded, floating, nu
 
 @op("Shape")
 def _shape(node: Node, args: Args, state: State) -> Tensor:
-    return torch.tensor(
-        list(args[0].shape)[node.attrs.get("start", 0) : node.attrs.get("end")], dtype=torch.int64
-    )
+    return torch.tensor(list(args[0].shape)[node.attrs.get("start", 0) : node.attrs.get("end")], dtype=torch.int64)
 
 
 @op("Size")
@@ -166,18 +164,14 @@ def _pad(node: Node, args: Args, state: State) -> Tensor:
 def _depth_to_space(node: Node, args: Args, state: State) -> Tensor:
     (n, c, h, w), b = args[0].shape, node.attrs["blocksize"]
     if node.attrs.get("mode", "DCR") == "DCR":
-        return (
-            args[0].reshape(n, b, b, c // b**2, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, -1, h * b, w * b)
-        )
+        return args[0].reshape(n, b, b, c // b**2, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, -1, h * b, w * b)
     return args[0].reshape(n, c // b**2, b, b, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, -1, h * b, w * b)
 
 
 @op("SpaceToDepth")
 def _space_to_depth(node: Node, args: Args, state: State) -> Tensor:
     (n, c, h, w), b = args[0].shape, node.attrs["blocksize"]
-    return (
-        args[0].reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, -1, h // b, w // b)
-    )
+    return args[0].reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, -1, h // b, w // b)
 
 
 # ---- indexing ----------------------------------------------------------------------------------------
@@ -195,9 +189,7 @@ def _gather(node: Node, args: Args, state: State) -> Tensor:
     with _disable_current_modes():
         index = _wrapped(index, x.shape[axis])
         if index.numel() and int(index.max()) >= x.shape[axis]:
-            raise WiringError(
-                f"ONNX node {node.name!r} (Gather) reads entry {int(index.max())} of {x.shape[axis]}"
-            )
+            raise WiringError(f"ONNX node {node.name!r} (Gather) reads entry {int(index.max())} of {x.shape[axis]}")
     if index.ndim == 0:
         return x.select(axis, int(numbers(index)[0]))
     if axis == 0 and x.ndim == 2 and x.dtype in floating:
@@ -316,9 +308,7 @@ def _arg(node: Node, args: Args, state: State) -> Tensor:
 def _top_k(node: Node, args: Args, state: State) -> tuple[Any, ...]:
     k = int(node.attrs["k"] if optional(args, 1) is None else numbers(args[1])[0])
     largest = bool(node.attrs.get("largest", 1))
-    return tuple(
-        torch.topk(args[0], k, node.attrs.get("axis", -1), largest, bool(node.attrs.get("sorted", 1)))
-    )
+    return tuple(torch.topk(args[0], k, node.attrs.get("axis", -1), largest, bool(node.attrs.get("sorted", 1))))
 
 
 @op("CumSum")
@@ -333,9 +323,7 @@ def _cum_sum(node: Node, args: Args, state: State) -> Tensor:
 @op("Softmax", "LogSoftmax", "Hardmax")
 def _softmax(node: Node, args: Args, state: State) -> Tensor:
     x, axis = args[0], node.attrs.get("axis", -1 if node.version >= 13 else 1)
-    function: Callable[..., Tensor] = {"Softmax": torch.softmax, "LogSoftmax": torch.log_softmax}.get(
-        node.op, _hardmax
-    )
+    function: Callable[..., Tensor] = {"Softmax": torch.softmax, "LogSoftmax": torch.log_softmax}.get(node.op, _hardmax)
     if node.version >= 13 or axis in (-1, x.ndim - 1):
         return function(x, axis)
     axis %= x.ndim  # before opset 13 all axes from `axis` on are one
