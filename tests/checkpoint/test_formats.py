@@ -251,6 +251,31 @@ def test_keras_writes_what_we_read(tmp_path: Path) -> None:
         assert not any("optimizer" in tensor for tensor in checkpoint)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "gzip"}, {"compression": "gzip", "shuffle": True, "fletcher32": True}]
+)
+@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f2", ">i8", "u1", "bool"])
+def test_chunked_and_packed_arrays(tmp_path: Path, options: dict[str, object], kind: str) -> None:
+    h5py = pytest.importorskip("h5py")
+    value = np.random.default_rng(0).integers(0, 2, (7, 5, 3)).astype(kind)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("deep/chunked", data=value, chunks=(4, 2, 3), **options)
+        file.create_dataset("whole", data=value)
+        partial = file.create_dataset("partial", (7, 5, 3), kind, chunks=(4, 2, 3), fillvalue=1, **options)
+        partial[:2] = value[:2]
+        file.create_dataset("unwritten", (3,), kind, fillvalue=1)
+        file["text"] = "left out"
+    checkpoint = ws.open(tmp_path / "a.h5")
+    native = value.astype(value.dtype.newbyteorder("="))
+    assert set(checkpoint) == {"deep/chunked", "whole", "partial", "unwritten"}
+    np.testing.assert_array_equal(checkpoint["deep/chunked"].numpy(), native)
+    np.testing.assert_array_equal(checkpoint["whole"].numpy(), native)
+    native[2:] = 1
+    np.testing.assert_array_equal(checkpoint["partial"].numpy(), native)
+    assert checkpoint["unwritten"].tolist() == [1, 1, 1]
+    assert any("text" in finding for finding in checkpoint.findings)
+
+
 def test_layout_cuts_a_vector_and_rows_are_models(tmp_path: Path) -> None:
     (tmp_path / "zoo_layout.csv").write_text(
         'varname,start_idx,end_idx,size,shape\na/bias:0,0,2,2,"(2,)"\na/kernel:0,2,8,6,"(3, 2)"\n'

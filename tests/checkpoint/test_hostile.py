@@ -28,6 +28,12 @@ SECONDS = 1.0
 MEGABYTES = 200
 
 
+def processor_time() -> float:
+    """Seconds of work so far, here and in ended children: a busy machine must not fail a test."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def touch(path: Path) -> None:
     """Open ``path`` and read every element of every tensor."""
     for value in ws.open(path).values():
@@ -43,9 +49,9 @@ def refused(path: Path, error: type[Exception] = CheckpointError, match: str = "
         return str(caught.value)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
+    begin = processor_time()
     message = attempt()
-    seconds = time.perf_counter() - begin
+    seconds = processor_time() - begin
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert seconds < SECONDS, f"refused only after {seconds:.2f} s"
     assert grown < MEGABYTES, f"refused, but memory grew by {grown:.0f} MB"
@@ -163,6 +169,15 @@ def _laughs() -> bytes:
     return body + b"."
 
 
+def _laughs_over_an_array() -> bytes:
+    # The same with an array at the bottom, so that each of the 2^40 paths leads to a tensor.
+    body = pickle.dumps(np.ones(2), protocol=2)[:-1] + b"q\xf0"
+    for level in range(40):
+        last = b"h\xf0" if level == 0 else b"h" + bytes([level + 100])
+        body += b"](" + last + last + b"eq" + bytes([level + 101])
+    return body + b"."
+
+
 def _hash_bomb() -> bytes:
     # A dictionary key of nested shared tuples, whose hash takes 2^60 steps.
     body = b"\x80\x02}K\x01q\x00"
@@ -179,6 +194,7 @@ def _copies() -> bytes:
 
 EXHAUSTING: dict[str, Callable[[], bytes]] = {
     "a billion laughs": _laughs,
+    "a billion laughs over an array": _laughs_over_an_array,
     "a key that hashes forever": _hash_bomb,
     "copies of one list": _copies,
     "a memo of 2^31 slots": lambda: b"\x80\x02Nr\xff\xff\xff\x7f.",
@@ -483,6 +499,15 @@ def test_hdf5_that_leaves_the_file(tmp_path: Path) -> None:
     refused(write(lambda f: f.__setitem__("a", "only a text")), CheckpointError, "no tensors")
 
 
+def test_hdf5_that_never_ends(tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    good, expected = fixtures.write("keras_h5", tmp_path)
+    ws.open(good)  # the process that reads HDF5 is there
+    path = Path(__file__).parent.parent / "corpus" / "keras_h5-hangs-the-c-library"
+    refused(path, UnsafeCheckpointError, "did not end")
+    assert list(ws.open(good)) == list(expected)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Numbers that cannot be true, in the other formats
 
@@ -617,7 +642,7 @@ def test_truncated_files(tmp_path: Path, name: str) -> None:
     refusals = 0
     for length in sorted({*range(0, len(data), max(1, len(data) // 40)), len(data) - 1}):
         path.write_bytes(data[:length])
-        begin = time.perf_counter()
+        begin = processor_time()
         try:
             checkpoint = ws.open(path)
             loaded = {key: checkpoint[key] for key in checkpoint}
@@ -626,7 +651,7 @@ def test_truncated_files(tmp_path: Path, name: str) -> None:
         else:
             # What still opens lost only bytes that no tensor needs.
             assert all(torch.equal(loaded[key], value) for key, value in expected.items() if key in loaded)
-        assert time.perf_counter() - begin < SECONDS
+        assert processor_time() - begin < SECONDS
     assert refusals > 8
 
 

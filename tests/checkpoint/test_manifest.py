@@ -118,7 +118,7 @@ def test_values_are_those_that_onnx_and_h5py_read() -> None:
         elif row["format"] == "keras-h5":
             checkpoint = ws.open(ROOT / row["file"])
             with h5py.File(ROOT / row["file"]) as file:
-                weights = file["model_weights"] if "model_weights" in file else file
+                weights = file.get("model_weights", file)
                 values = []
                 for layer in weights.attrs["layer_names"]:
                     values += [weights[layer][name][()] for name in weights[layer].attrs["weight_names"]]

@@ -12,7 +12,7 @@ MAX_HEADER_BYTES = 100 << 20
 MAX_OPCODES = 5_000_000
 """Most instructions of one pickle; 5 million describe some 80,000 tensors."""
 
-MAX_NODES = 2_000_000
+MAX_NODES = 300_000
 """Most objects visited while looking for tensors in a pickle (shared objects count each time)."""
 
 MAX_DEPTH = 200
