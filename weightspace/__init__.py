@@ -40,11 +40,15 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from weightspace import errors as errors
-    from weightspace.checkpoint import Checkpoint as Checkpoint, open as open
-    from weightspace.graph import ParameterGraph as ParameterGraph, graph as graph
+    from weightspace.checkpoint import Checkpoint as Checkpoint
+    from weightspace.checkpoint import open as open
+    from weightspace.graph import ParameterGraph as ParameterGraph
+    from weightspace.graph import graph as graph
     from weightspace.wiring import wiring as wiring
-    from weightspace.wiring.axis import Axis as Axis, Factor as Factor
-    from weightspace.wiring.catalogue import Signature as Signature, Skeleton as Skeleton
+    from weightspace.wiring.axis import Axis as Axis
+    from weightspace.wiring.axis import Factor as Factor
+    from weightspace.wiring.catalogue import Signature as Signature
+    from weightspace.wiring.catalogue import Skeleton as Skeleton
     from weightspace.wiring.program import Program as Program
     from weightspace.wiring.wiring import Wiring as Wiring
     from weightspace.zoo import Zoo as Zoo

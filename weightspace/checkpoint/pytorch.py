@@ -57,7 +57,8 @@ def root_of(archive: Archive) -> str | None:
 def read_zip(archive: Archive, request: Request) -> Contents:
     """Read a PyTorch or TorchScript archive."""
     root = root_of(archive)
-    assert root is not None
+    if root is None:
+        raise CheckpointError(f"{archive.source.name}: no data.pkl in the archive, so torch did not write it")
     source = archive.source
     report = Report()
     big = f"{root}byteorder" in archive and archive.member(f"{root}byteorder").text("byteorder", 16) == b"big"

@@ -129,7 +129,7 @@ def _time_distributed(call: Call, x: Tensor, **unused: Any) -> Tensor:
 @layer("MultiHeadAttention")
 def _multi_head_attention(
     call: Call,
-    query: Tensor,
+    query: Any,
     value: Tensor | None = None,
     key: Tensor | None = None,
     attention_mask: Tensor | None = None,

@@ -63,9 +63,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     token's expert is used: the sorted ones hide which expert a row belongs to.
     """
     training = [m for m in module.modules() if m.training]
-    configs = {
-        id(c): c for m in module.modules() if hasattr(c := getattr(m, "config", None), "_experts_implementation")
-    }
+    found: list[Any] = [getattr(m, "config", None) for m in module.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_experts_implementation")}
     previous = {k: c._experts_implementation for k, c in configs.items()}
     for m in training:
         m.training = False

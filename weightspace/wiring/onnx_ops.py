@@ -270,7 +270,7 @@ def _clip(node: Node, args: Args, state: State) -> Tensor:
 
 @op("Where")
 def _where(node: Node, args: Args, state: State) -> Tensor:
-    return torch.where(*args)
+    return torch.where(args[0], args[1], args[2])
 
 
 @op("Cast", "CastLike")
@@ -299,7 +299,8 @@ def _dequantize(node: Node, args: Args, state: State) -> Tensor:
     x, scale, zero = args[0], args[1], optional(args, 2)
     if scale.ndim == 1 and scale.numel() > 1:
         axis = node.attrs.get("axis", 1) % x.ndim
-        scale, zero = (None if t is None else t.reshape(-1, *[1] * (x.ndim - axis - 1)) for t in (scale, zero))
+        trailing = [1] * (x.ndim - axis - 1)
+        scale, zero = scale.reshape(-1, *trailing), None if zero is None else zero.reshape(-1, *trailing)
     return x.to(scale.dtype) * scale if zero is None else (x.to(scale.dtype) - zero.to(scale.dtype)) * scale
 
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,7 @@ class _Reader:
         for initialiser in proto.initializer:
             keep(
                 initialiser.name,
-                lambda full, t=initialiser: _read_tensor(t, full, self.stored),
+                partial(_read_tensor, initialiser, stored=self.stored),
                 lambda t: True,
             )
         for sparse in proto.sparse_initializer:
@@ -182,7 +183,7 @@ class _Reader:
             if n.op_type == "Constant" and not domain:  # a scalar constant is part of a formula
                 keep(
                     n.output[0],
-                    lambda full, node=n: _read_constant(node, full, self.stored),
+                    partial(_read_constant, n, stored=self.stored),
                     lambda t: t.ndim > 0,
                 )
                 continue

@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[tuple[list[torch.Tensor], list[torch.Tensor], bool]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,7 +131,7 @@ class Tracer(TorchDispatchMode):
     """Runs operations for real and labels their results."""
 
     def __init__(self, live: Sequence[bool] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._live = live
         self._step = 0
         self.ledger = Ledger()
@@ -317,14 +317,16 @@ class Tracer(TorchDispatchMode):
             return None
         (tensor, _), (name, dims) = self._operands[0], sources[0]
         op = self.op.removeprefix("aten.")
+        order = list(range(len(dims)))
+        if op == "t":
+            order.reverse()
+        elif op == "permute":
+            order = list(self._args[1])
+        elif op == "transpose":
+            i, j = self._args[1], self._args[2]
+            order[i], order[j] = order[j], order[i]
         if op in ("t", "transpose", "permute"):
-            moved = {"t": lambda: (1, 0) if len(dims) == 2 else (0,), "permute": lambda: self._args[1]}.get(op)
-            if moved is None:
-                index = list(range(len(dims)))
-                i, j = self._args[1], self._args[2]
-                index[i], index[j] = index[j], index[i]
-                return name, tuple(dims[k] for k in index)
-            return name, tuple(dims[k] for k in moved())
+            return name, tuple(dims[k] for k in order)
         return (name, dims) if tensor.shape == out.shape and op in _STAY else None
 
     def _assign(

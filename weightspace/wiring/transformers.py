@@ -50,7 +50,7 @@ def config_from(settings: Mapping[str, Any]) -> Any:
     _require()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = settings.get("model_type")
+    model_type = str(settings.get("model_type"))
     if settings.get("auto_map") and model_type not in CONFIG_MAPPING:
         raise WiringError(
             f"config.json asks for code of its own (auto_map) for model type {model_type!r}; remote code is never run. "
