@@ -123,16 +123,14 @@ def _doubts(order: list[str], layers: dict[str, dict[str, tuple[int, ...]]]) -> 
     doubts = []
     widths = [weights[0][1], *(w[0] for w in weights)]
     places = [(m[1], int(m[2])) for name in order if (m := re.fullmatch(r"(.*?)(\d+)", name))]
-    # Gaps in the numbering are activations with a place of their own: a Sequential, which has no
-    # skips and flattens channels first.
+    # Gaps in the numbering are layers without parameters in one list: an nn.Sequential in all likelihood, which
+    # flattens channels first. A list of layers called one by one has the same names, and may skip.
     one = len(places) == len(order) and len({prefix for prefix, _ in places}) == 1
     gaps = all(b - a > 1 for (_, a), (_, b) in itertools.pairwise(places))
-    if one and gaps:
-        return ""
     if len(set(widths)) < len(widths):
         doubts.append("layers of equal width may be joined by skip connections")
     for before, after in itertools.pairwise(weights):
-        if len(before) == 4 and len(after) == 2 and after[1] > before[0] > 1:
+        if not (one and gaps) and len(before) == 4 and len(after) == 2 and after[1] > before[0] > 1:
             doubts.append("the map may be flattened in another order than channels first")
     return "; ".join(doubts)
 
