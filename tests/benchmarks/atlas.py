@@ -34,7 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().par
 
 import torch  # noqa: E402
 from architectures.registry import enliven  # noqa: E402
-from small_models import brief, build, model_types  # noqa: E402
+
+from weightspace.wiring.small import build, model_types  # noqa: E402
+from weightspace.wiring.small_inputs import brief  # noqa: E402
 
 OUTCOMES = ("proved", "wrong", "refused", "crashed", "timeout", "not built", "part")
 
@@ -149,9 +151,7 @@ def survey(types: Sequence[str], out: Path, jobs: int, limit: float, memory: int
 def summary(entry: dict[str, Any]) -> str:
     if entry["outcome"] in ("proved", "wrong", "untraced"):
         movable = entry.get("movable")
-        return f"{entry['class']:40s} {entry['seconds']:5.1f} s" + (
-            "" if movable is None else f" {movable:.3f}"
-        )
+        return f"{entry['class']:40s} {entry['seconds']:5.1f} s" + ("" if movable is None else f" {movable:.3f}")
     return str(entry.get("reason") or "; ".join(entry.get("notes", ())))[:150]
 
 
@@ -172,6 +172,11 @@ def table(entries: dict[str, dict[str, Any]]) -> None:
     for outcome in (*OUTCOMES, "untraced"):
         if counts[outcome]:
             print(f"  {outcome:10s} {counts[outcome]:4d}")
+    claimed = [t for t, entry in entries.items() if entry.get("demoted")]
+    if claimed:
+        print(
+            f"  of the proved, axes that the rules left free and the proof pinned: {len(claimed)} ({', '.join(claimed)})"
+        )
     if built and counts["proved"]:
         print(f"  proved of built: {counts['proved'] / built:.1%}")
     movable = [entry["movable"] for entry in entries.values() if entry["outcome"] == "proved"]
@@ -183,9 +188,7 @@ def table(entries: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "atlas.jsonl")
     parser.add_argument("--only", nargs="+", default=None, metavar="TYPE")
     parser.add_argument("--retry", action="store_true", help="again all that were not proved")

@@ -97,7 +97,7 @@ def _max_pool(node: Node, args: Args, state: State) -> Tensor:
     if before != after or any(2 * b > k for b, k in zip(before, kernel, strict=True)):
         x, padding = _padded(x, before, after, -math.inf), [0] * len(before)
     pool = _MAX_POOL[len(kernel) - 1]
-    return pool(x, kernel, strides, padding, dilations, ceil)  # type: ignore[no-any-return]
+    return pool(x, kernel, strides, padding, dilations, ceil)
 
 
 @op("AveragePool", "LpPool")

@@ -124,13 +124,12 @@ def _plain(config: Any) -> None:
 
 
 def _program(module: nn.Module, config: Any, origin: str, rename: Mapping[str, str]) -> Program:
-    from weightspace.wiring.small import SCALES, Primary, settle
+    from weightspace.wiring.small import SCALES, Primary
+    from weightspace.wiring.small_inputs import attempts, settle
 
     program_module = Primary(module).eval()
     kwargs, reason = None, ""
     if next(module.parameters()).device.type == "meta":
-        from weightspace.wiring.small import attempts
-
         kwargs = next(attempts(module, SCALES[0]), None)
     else:
         kwargs, reason = settle(module, SCALES[0])
