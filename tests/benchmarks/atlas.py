@@ -175,7 +175,8 @@ def table(entries: dict[str, dict[str, Any]]) -> None:
     claimed = [t for t, entry in entries.items() if entry.get("demoted")]
     if claimed:
         print(
-            f"  of the proved, axes that the rules left free and the proof pinned: {len(claimed)} ({', '.join(claimed)})"
+        names = ", ".join(claimed)
+        print(f"  proved after the proof pinned axes that the rules left free: {len(claimed)} ({names})")
         )
     if built and counts["proved"]:
         print(f"  proved of built: {counts['proved'] / built:.1%}")
