@@ -174,10 +174,8 @@ def table(entries: dict[str, dict[str, Any]]) -> None:
             print(f"  {outcome:10s} {counts[outcome]:4d}")
     claimed = [t for t, entry in entries.items() if entry.get("demoted")]
     if claimed:
-        print(
         names = ", ".join(claimed)
         print(f"  proved after the proof pinned axes that the rules left free: {len(claimed)} ({names})")
-        )
     if built and counts["proved"]:
         print(f"  proved of built: {counts['proved'] / built:.1%}")
     movable = [entry["movable"] for entry in entries.values() if entry["outcome"] == "proved"]
