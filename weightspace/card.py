@@ -16,6 +16,7 @@ from weightspace.errors import WeightspaceError
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
+    from weightspace.wiring.axis import Axis
     from weightspace.wiring.wiring import Wiring
 
 RECORD_KEY = "weightspace"
@@ -24,19 +25,24 @@ RECORD_KEY = "weightspace"
 
 @dataclass(frozen=True)
 class AxisRow:
-    """One axis of a wiring: its name, its size, its kind and how many tensors carry it."""
+    """One axis of a wiring: its name, its size, its kind, how many tensors carry it, and its make-up.
+
+    ``detail`` says why a pinned axis may not move, and for a structured one which factors it is made of:
+    ``4 × 8`` for four heads of eight channels, ``16 + 8`` for two concatenated segments.
+    """
 
     name: str
     size: int
     kind: str
     tensors: int
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Card:
     """What ``weightspace inspect`` shows of one model; ``to_dict`` gives it as plain JSON values.
 
-    ``wiring`` is "proved", "unverified" or "failed"; ``error`` the relative output error of the proof, and
+    ``wiring`` is "proved", "unverified" or "failed"; ``proof`` what was run; ``error`` its relative output error, and
     ``movable`` the share of parameters on at least one axis that may be permuted, each None where unknown.
     """
 
@@ -49,6 +55,7 @@ class Card:
     architecture: str
     recognised: str
     wiring: str
+    proof: str
     error: float | None
     movable: float | None
     axes: tuple[AxisRow, ...]
@@ -91,6 +98,9 @@ def card_and_wiring(checkpoint: Checkpoint, name: str | None = None) -> tuple[Ca
         error_found = _proof_error(wiring)
         axes = _axis_rows(wiring)
         notes = tuple(wiring.notes)
+        if wiring.missing:
+            named = ", ".join(f"{op} ×{n}" for op, n in wiring.missing.items())
+            notes = (*notes, f"operations that pinned axes for want of a rule: {named}")
         recognised = wiring.origin
     path = checkpoint.path
     return (
@@ -104,6 +114,7 @@ def card_and_wiring(checkpoint: Checkpoint, name: str | None = None) -> tuple[Ca
             architecture=architecture(shapes, recognised, checkpoint.config, notes),
             recognised=recognised,
             wiring=status,
+            proof=_proof_text(wiring),
             error=error_found,
             movable=movable,
             axes=axes,
@@ -138,10 +149,7 @@ def architecture(
         for shape in shapes.values()
     )
     plural = {"matrix": "matrices"}
-    parts = [
-        f"{count} {kind if count == 1 else plural.get(kind, kind + 's')}"
-        for kind, count in sorted(kinds.items())
-    ]
+    parts = [f"{count} {kind if count == 1 else plural.get(kind, kind + 's')}" for kind, count in sorted(kinds.items())]
     return ", ".join(parts) or "empty"
 
 
@@ -204,9 +212,39 @@ def _axis_rows(wiring: Wiring) -> tuple[AxisRow, ...]:
     for axes in wiring.values():
         carriers.update({axis.name for axis in axes})
     return tuple(
-        AxisRow(axis.name, int(axis.size), str(axis.kind), carriers[axis.name])
+        AxisRow(axis.name, int(axis.size), str(axis.kind), carriers[axis.name], _make_up(axis, wiring))
         for axis in wiring.axes.values()
     )
+
+
+def _make_up(axis: Axis, wiring: Wiring) -> str:
+    if axis.kind == "free":
+        return ""
+    if axis.kind == "pinned":
+        return ", ".join(dict.fromkeys(wiring.factors[f].reason for s in axis.segments for f in s))
+    parts = []
+    for segment in axis.segments:
+        sizes = [f"{wiring.factors[f].size}{' (pinned)' if wiring.factors[f].pinned else ''}" for f in segment]
+        parts.append(" × ".join(sizes) or "1")
+    return " + ".join(parts) if len(parts) <= 6 else f"{' + '.join(parts[:5])} + … ({len(parts)} segments)"
+
+
+def _proof_text(wiring: Wiring | None) -> str:
+    if wiring is None or wiring.proof is None:
+        return ""
+    proof = wiring.proof
+    text = (
+        f"{proof.moved} factors permuted at random on {proof.on}, relative output change {proof.error32:.1e} in float32"
+    )
+    if proof.error64 is not None:
+        text += f", {proof.error64:.1e} in float64"
+    if proof.control is not None:
+        text += f"; at least {proof.control:.1e} when one tensor alone is permuted"
+    if proof.demoted:
+        text += f"; {len(proof.demoted)} axes failed and were pinned: {', '.join(proof.demoted[:4])}"
+    if proof.vacuous:
+        text += f"; without influence on the output: {', '.join(proof.vacuous[:4])}"
+    return text
 
 
 def _proof_error(wiring: Wiring) -> float | None:

@@ -78,9 +78,7 @@ def index(
 
 @app.command()
 def similar(
-    file: Annotated[
-        str, typer.Argument(help="A model file, file!member, or the name of a model in the zoo.")
-    ],
+    file: Annotated[str, typer.Argument(help="A model file, file!member, or the name of a model in the zoo.")],
     zoo: ZooFolder = None,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours.", min=1)] = 10,
     as_json: Json = False,
@@ -129,9 +127,7 @@ def graph(
 @zoo_app.command("build")
 def zoo_build(
     recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of one that comes along.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder (default: models/<recipe>).")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder (default: models/<recipe>).")] = None,
     jobs: Jobs = None,
 ) -> None:
     """Train the networks of RECIPE and index them; networks that are already there are kept."""
@@ -148,9 +144,7 @@ def zoo_build(
 
 @app.command()
 def demo(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Folder for the starter zoo (default: temporary).")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder for the starter zoo (default: temporary).")] = None,
     jobs: Jobs = None,
 ) -> None:
     """The main job in one go: train the starter zoo, index it, search it, show a model card."""
@@ -197,9 +191,7 @@ def _zoo_of(file: str, folder: Path | None) -> Zoo:
     for parent in path.parents:
         if parent.is_dir() and (Zoo(parent).index_folder / "index.sqlite").is_file():
             return Zoo(parent)
-    raise ZooError(
-        f"no folder above {file} is indexed; name one with --zoo, or run `weightspace index` on it"
-    )
+    raise ZooError(f"no folder above {file} is indexed; name one with --zoo, or run `weightspace index` on it")
 
 
 def _open_all(file: str) -> Iterator[tuple[Any, str]]:
@@ -267,17 +259,16 @@ def _show_card(card: Card) -> None:
     from rich.markup import escape
 
     console = _console()
-    wiring = card.wiring
-    if card.error is not None:
-        wiring += f", relative output error {card.error:.1e} under a random symmetry"
     facts = [
         ("format", card.format),
         ("architecture", card.architecture),
         ("recognised by", card.recognised),
         ("parameters", f"{card.parameters:,} in {card.tensors} tensors ({', '.join(card.dtypes)})"),
         ("bytes", f"{card.bytes:,}"),
-        ("wiring", wiring),
+        ("wiring", card.wiring),
     ]
+    if card.proof:
+        facts.append(("proof", card.proof))
     if card.movable is not None:
         facts.append(("movable", f"{card.movable:.1%} of the parameters lie on an axis that may be permuted"))
     facts.extend(("note", note) for note in card.notes)
@@ -297,8 +288,11 @@ def _show_card(card: Card) -> None:
             facts.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)))
     console.print(_table(escape(card.name), ("", ""), facts))
     if card.axes:
-        rows = [(axis.name, f"{axis.size:,}", axis.kind, str(axis.tensors)) for axis in card.axes]
-        console.print(_table("axes", ("axis", "size", "kind", "tensors"), rows))
+        shown = [axis for axis in card.axes if axis.detail != "kernel positions" and axis.size > 1]
+        rows = [(axis.name, f"{axis.size:,}", axis.kind, str(axis.tensors), axis.detail) for axis in shown]
+        console.print(_table("axes", ("axis", "size", "kind", "tensors", "made of / why pinned"), rows))
+        if len(card.axes) > len(shown):
+            console.print(f"and {len(card.axes) - len(shown)} axes of kernel positions or of size 1")
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Any) -> Any:
