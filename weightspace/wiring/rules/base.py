@@ -92,7 +92,8 @@ def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any, count: bool 
         held = t.label(x).domain
         if held is not None:
             t.pin(held, f"operation without a rule ({t.op})")
-    return [t.fresh(o.shape, f"operation without a rule ({t.op})", pinned=True) for o in outputs_of(out)]
+    reason = f"operation without a rule ({t.op})"
+    return [Label(t.fresh(o.shape, reason, pinned=True)) for o in outputs_of(out)]
 
 
 def _varying(t: Tracer, o: torch.Tensor) -> list[Dim]:

@@ -43,7 +43,7 @@ def _embedding_bag(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> An
     t.pin(w[0], "vocabulary")
     outs = outputs_of(out)
     first = [t.ledger.dim(outs[0].shape[0], pinned=True, reason="bags"), w[1]]
-    return [first, *(t.fresh(o.shape, "bags", pinned=True) for o in outs[1:])]
+    return [Label(first), *(Label(t.fresh(o.shape, "bags", pinned=True)) for o in outs[1:])]
 
 
 @rule("index_select")
@@ -182,7 +182,7 @@ def _positions(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         held = t.label(x).domain
         if held is not None:
             t.pin(held, f"positions become values ({t.op})")
-    return [t.fresh(o.shape, "positions", pinned=True) for o in outputs_of(out)]
+    return [Label(t.fresh(o.shape, "positions", pinned=True)) for o in outputs_of(out)]
 
 
 @rule("isin", "bucketize", "searchsorted")
