@@ -424,8 +424,8 @@ _UNIFORM = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "ne
 _POINTWISE = {
     "_to_copy", "clone", "detach", "alias", "lift_fresh", "copy", "fill", "zero", "masked_fill", "where",
     "_conj", "_neg_view", "relu", "lerp", "clamp", "nan_to_num", "native_dropout", "dropout", "bernoulli",
-    "contiguous", "_prelu_kernel", "_fw_primal", "hardswish", "log_sigmoid_forward", "mse_loss", "smooth_l1_loss", "huber_loss",
-    "binary_cross_entropy", "binary_cross_entropy_with_logits", "special_erf",
+    "contiguous", "_prelu_kernel", "_fw_primal", "hardswish", "log_sigmoid_forward", "mse_loss",
+    "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "special_erf",
     "special_i0", "special_expit", "special_log1p", "polar", "complex", "real", "imag", "floor_divide", "rsub",
     "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "rrelu_with_noise",
     "_conj_physical", "resolve_conj", "to",
