@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from weightspace.errors import WiringError
 from weightspace.wiring.program import Program
-from weightspace.wiring.wiring import Wiring
+from weightspace.wiring.wiring import Permutation, Wiring
 
 TOLERANCE = 1e-5
 # In float64 a true symmetry leaves only rounding; float32 may then exceed TOLERANCE by conditioning alone.
@@ -158,7 +158,7 @@ def verify(wiring: Wiring, seed: int = 0, *, controls: int = 24) -> Proof:
         raise WiringError(
             f"the wiring ({wiring.origin}) was inferred from names and shapes; there is no network to run"
         )
-    perm = wiring.random(seed)
+    perm = _moving(wiring, seed)
     base = generic(program.tensors, seed)
     found = _measure(wiring, program, base, perm.index)
     if not found.alive or found.error32 > TOLERANCE:
@@ -186,6 +186,15 @@ def verify(wiring: Wiring, seed: int = 0, *, controls: int = 24) -> Proof:
         found.holds, found.error32, found.error64, control, len(perm.index), vacuous, (),
         time.perf_counter() - started, note,
     )  # fmt: skip
+
+
+def _moving(wiring: Wiring, seed: int, only: Sequence[str] | None = None) -> Permutation:
+    """A random group element in which no factor stays as it is (small ones often would)."""
+    perm = wiring.random(seed, only)
+    index = {
+        name: p.roll(1, -1) if bool((p == torch.arange(p.shape[-1])).all()) else p for name, p in perm.index.items()
+    }
+    return Permutation(index, wiring.factors)
 
 
 def is_rounding(error32: float, error64: float | None) -> bool:
@@ -241,8 +250,6 @@ def _error(
     wiring: Wiring, program: Program, base: Mapping[str, torch.Tensor], index: Mapping[str, torch.Tensor],
     dtype: torch.dtype, out: Sequence[torch.Tensor],
 ) -> float:  # fmt: skip
-    from weightspace.wiring.wiring import Permutation
-
     moved = wiring.apply(Permutation(index, wiring.factors), base)
     return distance(out, run(program, moved, dtype))
 
@@ -289,7 +296,7 @@ def _controls(
         best = 0.0
         # Any one of the tensors will do; the last ones are nearest to the output.
         for holder in holders[::-1][:3]:
-            perm = wiring.random(seed + 1, only=[name])
+            perm = _moving(wiring, seed + 1, only=[name])
             alone = dict(base)
             alone[holder] = wiring.apply(perm, {holder: base[holder]})[holder]
             for tied, t in base.items():
@@ -348,7 +355,7 @@ def _culprits(wiring: Wiring, seed: int) -> list[str]:
     bad = []
     for name in wiring.free:
         for k in (1, 2):
-            perm = wiring.random(seed + k, only=[name])
+            perm = _moving(wiring, seed + k, only=[name])
             error32 = _error(wiring, program, base, perm.index, torch.float32, out)
             if error32 <= TOLERANCE or is_rounding(error32, _double(wiring, program, base, perm.index)[0]):
                 continue
