@@ -261,3 +261,23 @@ def test_no_random_network_is_wired_wrongly(plan: list[tuple[str, int]], flatten
     for name in tensors:
         assert torch.equal(twice[name], composed[name])
         assert torch.equal(back[name], tensors[name])
+
+
+def test_a_branch_that_got_no_rows_is_tied_like_the_others() -> None:
+    class Routed(nn.Module):
+        """Two experts of one shape; the example sends every row to the first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.w, self.head = nn.Parameter(torch.randn(2, 8, 5)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = x.split([x.shape[0], 0])
+            h = torch.cat([F.linear(p, self.w[i]) for i, p in enumerate(parts)])
+            return self.head(F.glu(h, -1))
+
+    wiring = ws.wiring(Routed(), torch.randn(4, 5))
+    # The halves of the gate are one axis in both experts, seen or not.
+    assert free_sizes(wiring) == [4]
+    assert [len(b[1].factors) for g in wiring.layouts["w"] for b in g.blocks if len(b) == 2] in ([], [1, 1, 1, 1])

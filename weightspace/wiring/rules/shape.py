@@ -213,12 +213,13 @@ def _split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 def _cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     tensors = [x for x in args[0] if not (x.dim() == 1 and x.numel() == 0 and out.dim() != 1)]
     d = argument(args, kwargs, 1, "dim", 0) % out.dim()
-    tensors = [x for x in tensors if x.shape[d] > 0] or tensors
     dims = [t.dims(x) for x in tensors]
     result = []
     for k in range(out.dim()):
         if k == d:
-            parts = [x[k] for x in dims]
+            # An empty part (an expert that no token was sent to) is tied in its other dims all the same.
+            parts = [x[k] for x, tensor in zip(dims, tensors, strict=True) if tensor.shape[d] > 0]
+            parts = parts or [t.ledger.dim(0, pinned=True, reason="empty")]
             result.append(parts[0] if len(parts) == 1 else t.ledger.sum_of(parts))
         else:
             for other in dims[1:]:
