@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -334,7 +334,7 @@ def prove(wiring: Wiring, seed: int = 0) -> Wiring:
     if demoted:
         smaller = wiring.pinning(demoted, "does not keep the function")
         again = verify(smaller, seed)
-        again = _replace(again, demoted=tuple(demoted))
+        again = replace(again, demoted=tuple(demoted))
         notes = (
             *wiring.notes,
             f"{len(demoted)} axes did not keep the function and were pinned: {', '.join(demoted[:5])}",
@@ -343,12 +343,6 @@ def prove(wiring: Wiring, seed: int = 0) -> Wiring:
             return smaller.with_(status="proved", proof=again, notes=notes)
         return smaller.with_(status="failed", proof=again, notes=notes)
     return wiring.with_(status="failed", proof=first)
-
-
-def _replace(proof: Proof, **changes: Any) -> Proof:
-    from dataclasses import replace
-
-    return replace(proof, **changes)
 
 
 def _culprits(wiring: Wiring, seed: int) -> list[str]:

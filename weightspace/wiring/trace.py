@@ -302,7 +302,7 @@ class Tracer(TorchDispatchMode):
                 result = (rule or unknown)(self, func, args, kwargs, out)
             except Irreconcilable:
                 self.missing[f"{self.op} (cut in incompatible ways)"] += 1
-                result = unknown(self, func, args, kwargs, out, count=False)
+                result = unknown(self, func, args, kwargs, out)
             if rule is None:
                 self.missing[self.op] += 1
             self._assign(out, outputs, result, const, before)

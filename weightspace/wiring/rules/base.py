@@ -85,7 +85,7 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 _KEEP_DOMAIN = {"_to_copy", "clone", "detach", "alias", "lift_fresh", "copy", "contiguous"}
 
 
-def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any, count: bool = True) -> Any:
+def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """No rule: everything it touches is pinned."""
     for x in tensors_of(args, kwargs):
         t.pin(t.dims(x), f"operation without a rule ({t.op})")
