@@ -45,3 +45,7 @@ class GraphError(WeightspaceError):
 
 class ZooError(WeightspaceError):
     """A zoo's index could not be read or written, or a question asked of it makes no sense."""
+
+
+class MetanetError(WeightspaceError):
+    """A metanetwork was given an option, a network or a set of samples that it cannot use."""
