@@ -136,7 +136,8 @@ def covering(found: Wiring, checkpoint: Checkpoint) -> Wiring:
         shapes[name] = shape
     order = {n: layouts[n] for n in [*checkpoint, *(n for n in layouts if n not in checkpoint)]}
     untouched = tuple(dict.fromkeys((*found.untouched, *extra)))
-    return found.with_(layouts=order, shapes=shapes, factors=factors, untouched=untouched)
+    roles = {**found.roles, **dict.fromkeys(sorted(extra), "other")} if found.roles else {}
+    return found.with_(layouts=order, shapes=shapes, factors=factors, untouched=untouched, roles=roles)
 
 
 def _is_config(x: Any) -> bool:

@@ -36,7 +36,18 @@ def resolve(trace: Trace, program: Program) -> Wiring:
     return Wiring(
         layouts, shapes, factors, origin=program.origin, program=program, missing=trace.missing,
         untouched=trace.untouched, notes=tuple(notes), reads=trace.reads,
+        roles=trace.roles, activations=_activations(trace, names),
     )  # fmt: skip
+
+
+def _activations(trace: Trace, names: Mapping[Atom, str]) -> dict[str, tuple[str, ...]]:
+    """Per factor, the functions applied along it in order of first appearance."""
+    found: dict[str, dict[str, None]] = {}
+    for function, atoms in trace.activations:
+        for a in atoms:
+            if a in names:
+                found.setdefault(names[a], {})[function] = None
+    return {factor: tuple(functions) for factor, functions in found.items()}
 
 
 _RawBlock = tuple[_Cursor, ...]

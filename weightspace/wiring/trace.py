@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from weightspace.errors import WiringError
+from weightspace.wiring.activations import ActivationBook
 from weightspace.wiring.algebra import Atom, Dim, Irreconcilable, Ledger, size_of
 from weightspace.wiring.program import Program
+from weightspace.wiring.roles import Role, RoleBook
 
 
 @dataclass
@@ -68,6 +70,9 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     # The dim of each weight that its operation sums over (or looks up), as against the one it writes.
     reads: dict[str, int] = field(default_factory=dict)
+    # What each named tensor does, in order of first use, and which functions run along which atoms.
+    roles: dict[str, Role] = field(default_factory=dict)
+    activations: list[tuple[str, list[Atom]]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -144,6 +149,8 @@ class Tracer(TorchDispatchMode):
         self._written: set[int] = set()
         self._momentary: dict[int, Label] = {}
         self.reads: dict[str, int] = {}
+        self.roles = RoleBook()
+        self.activations = ActivationBook()
         self._operands: list[tuple[torch.Tensor, Label]] = []
         self._args: Sequence[Any] = ()
 
@@ -306,10 +313,24 @@ class Tracer(TorchDispatchMode):
             if rule is None:
                 self.missing[self.op] += 1
             self._assign(out, outputs, result, const, before)
+            if not const:
+                plain = name[:-1] if in_place else name
+                self._watch(plain, func, args, kwargs, outputs, tensors, labels, rule is pointwise)
         finally:
             self.op = previous
             self._momentary.clear()
         return out
+
+    def _watch(
+        self, op: str, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor], tensors: list[torch.Tensor],
+        labels: list[Label], is_pointwise: bool,
+    ) -> None:  # fmt: skip
+        """Tell the books of roles and activations what was done with what."""
+        data = [not lab.const for lab in labels]
+        values = [d and not self.roles.knows(x) for x, d in zip(tensors, data, strict=True)]
+        self.roles.watch(op, func, args, kwargs, outputs, tensors, data)
+        with _quiet():
+            self.activations.watch(op, func, args, kwargs, outputs, tensors, values, self.dims, is_pointwise)
 
     def _source_of(self, out: torch.Tensor, sources: Sequence[tuple[str, tuple[int, ...]]]) -> Any:
         """A weight stays a weight through a change of dtype, a copy or a transposition."""
@@ -476,6 +497,7 @@ def trace(program: Program) -> Trace:
             labels[name] = Label(tracer.fresh(tensor.shape), source=(name, tuple(range(tensor.dim()))))
             ledger.observe(labels[name].dims)
         tracer.set(tensor, labels[name])
+        tracer.roles.name(name, tensor)
     for x in tree_leaves((program.args, dict(program.kwargs))):
         if isinstance(x, torch.Tensor):
             tracer.set(x, Label(tracer.fresh(x.shape, "input", pinned=True)))
@@ -499,4 +521,7 @@ def trace(program: Program) -> Trace:
         if not any(labels[name] is labels[n] for n in tensors if n != name and n not in untouched):
             tracer.pin(labels[name].dims, "takes no part in the traced run")
     tracer.pin_unreached(labels)
-    return Trace(ledger, labels, tracer.missing, untouched, list(ledger.conflicts), tracer.reads)
+    return Trace(
+        ledger, labels, tracer.missing, untouched, list(ledger.conflicts), tracer.reads,
+        tracer.roles.roles(list(tensors)), tracer.activations.of(ledger.leaves),
+    )  # fmt: skip

@@ -23,6 +23,7 @@ from weightspace.wiring.axis import Axis, Factor, Kind, Segment
 if TYPE_CHECKING:
     from weightspace.wiring.program import Program
     from weightspace.wiring.proof import Proof
+    from weightspace.wiring.roles import Role
 
 Status = Literal["proved", "unverified", "failed"]
 # One way to fill a group of dims: a segment for each of them.
@@ -136,6 +137,8 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         untouched: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
         reads: Mapping[str, int] | None = None,
+        roles: Mapping[str, Role] | None = None,
+        activations: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.layouts = dict(layouts)
         self.shapes = dict(shapes)
@@ -149,6 +152,11 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         self.notes = notes
         # Of each weight the dim that its operation sums over, where the trace saw it.
         self.reads = dict(reads or {})
+        # What each tensor does (see ``weightspace.wiring.roles``), in order of first use in the traced run, which no
+        # order of the tensors in a file can change; empty where nothing was traced.
+        self.roles: dict[str, Role] = dict(roles or {})
+        # Per factor, the nonlinear functions seen on intermediate values that carry it, in order of appearance.
+        self.activations = dict(activations or {})
         self._tensors, self.axes = _axes(self.layouts, self.shapes, self.factors)
 
     # ---------------------------------------------------------------- mapping
@@ -243,6 +251,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         fields: dict[str, Any] = {
             "origin": self.origin, "status": self.status, "proof": self.proof, "program": self.program,
             "missing": self.missing, "untouched": self.untouched, "notes": self.notes, "reads": self.reads,
+            "roles": self.roles, "activations": self.activations,
         }  # fmt: skip
         factors = changes.pop("factors", self.factors)
         layouts = changes.pop("layouts", self.layouts)
