@@ -22,10 +22,10 @@ from weightspace.wiring.algebra import Atom, Dim
 
 # Nonlinear pointwise operations, most of which keep their names.
 _OWN = (
-    "relu relu6 hardtanh clamp threshold leaky_relu prelu elu celu selu gelu silu mish hardswish hardsigmoid sigmoid tanh "
-    "softplus softshrink hardshrink sin cos tan sinc asin acos atan sinh cosh asinh acosh atanh erf erfc exp exp2 expm1 "
-    "log log2 log10 log1p sqrt rsqrt reciprocal abs sign pow floor ceil round trunc frac logit glu maximum minimum atan2 "
-    "fmod remainder"
+    "relu relu6 hardtanh clamp threshold leaky_relu prelu elu celu selu gelu silu mish hardswish hardsigmoid "
+    "sigmoid tanh softplus softshrink hardshrink sin cos tan sinc asin acos atan sinh cosh asinh acosh atanh erf "
+    "erfc exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal abs sign pow floor ceil round trunc frac logit "
+    "glu maximum minimum atan2 fmod remainder"
 )
 _NAMES = {name: name for name in _OWN.split()} | {
     "clamp_min": "clamp", "clamp_max": "clamp", "_prelu_kernel": "prelu", "rrelu_with_noise": "leaky_relu",
