@@ -1,0 +1,315 @@
+"""Networks for the operator metanet: one prepared, and many of them in one batch.
+
+Blocks of equal shape are stacked, whichever network they come from: a population of one architecture becomes
+a few large batched matrix products, and so do the layers of one transformer. Shapes that differ are padded up
+to a common size with weights of zero, which send nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightspace.errors import MetanetError
+from weightspace.graph import ParameterGraph
+from weightspace.graph.layout import Block
+from weightspace.metanets.structure import BlockPart, Structure
+
+# Below this many weights a block is stacked with others; above, it is read in chunks of about this many.
+CHUNK = 4 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A prepared network: its structure and its weights, of ``models`` networks on one wiring.
+
+    ``weights``: per block ``(models, shared, out, in, positions)``, or None where it is read when it is needed.
+    ``scales``: per block ``(models, 2)``, mean |w| and mean w². ``values (models, rows)``: all vector elements.
+    """
+
+    structure: Structure
+    weights: tuple[Tensor | None, ...]
+    scales: Tensor
+    values: Tensor
+    graphs: tuple[ParameterGraph, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Blocks of one (padded) shape, a matrix of a stack each: B of them.
+
+    ``weight (B, models, out, in, positions)``; ``dst (B, out)``, ``src (B, in)`` node numbers in the batch;
+    ``coordinates (positions, ·)``; ``features (B, ·)``; ``scales (B, models, 2)``; ``fans (B, 3)``: out and in
+    before padding, and 1 for a table of lookups. Instead of ``weight`` a block that is read in chunks has ``rows``:
+    from the number of a matrix and a range of its rows to their weights ``(models, rows, in, positions)``.
+    """
+
+    weight: Tensor | None
+    dst: Tensor
+    src: Tensor
+    coordinates: Tensor
+    features: Tensor
+    scales: Tensor
+    fans: Tensor
+    rows: Callable[[int, int, int], Tensor] | None = None
+
+    def to(self, device: torch.device | str) -> Bucket:
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """``size`` networks as one graph: nodes and cells numbered through, blocks in buckets.
+
+    ``nodes (N, NODE_FEATURES)``, ``cell (N,)``, ``cell_network (cells,)``, ``marks (cells, 2)``, ``links (2, L)``,
+    vector elements ``values (T, models)`` with ``value_node (T,)`` and ``value_features (T, VECTOR_FEATURES)``.
+    ``starts``: first node of every network.
+    """
+
+    size: int
+    models: int
+    nodes: Tensor
+    cell: Tensor
+    cell_network: Tensor
+    marks: Tensor
+    links: Tensor
+    values: Tensor
+    value_node: Tensor
+    value_features: Tensor
+    buckets: tuple[Bucket, ...]
+    starts: tuple[int, ...]
+    items: tuple[Item, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, buckets=tuple(b.to(device) for b in self.buckets))
+
+
+def prepare(graphs: Sequence[ParameterGraph], structure: Structure, lazy: bool | None = None) -> Item:
+    """The weights of networks on one wiring, ready for a batch; the first is the base, the others are differences.
+
+    ``lazy`` leaves the blocks in their file and reads them in every round, a chunk at a time; by default that
+    is done for blocks above ``CHUNK`` weights. Raises ``MetanetError`` for weights that are not finite, or for
+    networks of different shapes.
+    """
+    base = graphs[0]
+    for other in graphs[1:]:
+        if other.shapes != base.shapes:
+            raise MetanetError("networks on one wiring need the same tensors; align and match them first")
+    weights: list[Tensor | None] = []
+    scales = []
+    for part in structure.blocks:
+        far = part.block.numel > CHUNK if lazy is None else lazy
+        if far:
+            weights.append(None)
+            scales.append(_streamed_scales(graphs, part.block))
+        else:
+            weight = _differences([_float(g.weight(part.block)) for g in graphs])
+            weights.append(weight)
+            flat = weight.flatten(1).to(torch.float64)
+            scales.append(torch.stack((flat.abs().mean(1), flat.square().mean(1)), dim=1))
+    rows = [_differences([_float(g.weight(v.vector)).flatten() for g in graphs]) for v in structure.vectors]
+    stacked = torch.stack(scales) if scales else torch.empty(0, len(graphs), 2, dtype=torch.float64)
+    held = torch.cat([torch.empty(len(graphs), 0), *rows], dim=1)
+    if not bool(torch.isfinite(stacked).all()) or not bool(torch.isfinite(held).all()):
+        raise MetanetError("this network has weights that are infinite or not a number (a diverged training?)")
+    return Item(structure, tuple(weights), stacked, held, tuple(graphs))
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """One batch of prepared networks; raises ``MetanetError`` where there are none."""
+    if not items:
+        raise MetanetError("an empty batch: give at least one network")
+    models = items[0].values.shape[0]
+    if any(i.values.shape[0] != models for i in items):
+        raise MetanetError("all networks of a batch need the same number of models on their wiring")
+    plan = _plan(tuple(i.structure for i in items))
+    buckets = []
+    for group in plan.groups:
+        scales = torch.stack([items[n].scales[b] for n, b in group.members]).repeat_interleave(group.shared, 0)
+        weight = None if group.far else _stack(items, group)
+        rows = _reader(items, group) if group.far else None
+        buckets.append(
+            Bucket(weight, group.dst, group.src, group.coordinates, group.features, scales, group.fans, rows)
+        )
+    values = torch.cat([i.values for i in items], dim=1).T.contiguous()
+    return Batch(
+        len(items), models, plan.nodes, plan.cell, plan.cell_network, plan.marks, plan.links, values, plan.value_node,
+        plan.value_features, tuple(buckets), plan.starts, tuple(items),
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------- what depends on structures alone
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Blocks (item, number of the block) that share a bucket; ``shared`` matrices of each member."""
+
+    members: tuple[tuple[int, int], ...]
+    shared: Tensor
+    shape: tuple[int, int, int]
+    dst: Tensor
+    src: Tensor
+    coordinates: Tensor
+    features: Tensor
+    fans: Tensor
+    far: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    nodes: Tensor
+    cell: Tensor
+    cell_network: Tensor
+    marks: Tensor
+    links: Tensor
+    value_node: Tensor
+    value_features: Tensor
+    groups: tuple[_Group, ...]
+    starts: tuple[int, ...]
+
+
+_PLANS: OrderedDict[tuple[Structure, ...], _Plan] = OrderedDict()
+_KEPT = 8
+
+
+def _plan(structures: tuple[Structure, ...]) -> _Plan:
+    """Batches of one population share all their indices; the last few plans are kept."""
+    found = _PLANS.pop(structures, None) or _make_plan(structures)
+    _PLANS[structures] = found
+    while len(_PLANS) > _KEPT:
+        _PLANS.popitem(last=False)
+    return found
+
+
+def _make_plan(structures: tuple[Structure, ...]) -> _Plan:
+    starts, first_cells = [0], [0]
+    for s in structures:
+        starts.append(starts[-1] + s.num_nodes)
+        first_cells.append(first_cells[-1] + s.num_cells)
+    where: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    for n, s in enumerate(structures):
+        for b, part in enumerate(s.blocks):
+            far = part.block.numel > CHUNK
+            # A large block is a bucket of its own.
+            key = ("far", n, b) if far else (*map(_padded, part.shape[1:3]), part.shape[3], part.key)
+            where.setdefault(key, []).append((n, b))
+    groups = tuple(_group(structures, members, starts, key[0] == "far") for key, members in where.items())
+    nodes = []
+    for s, start in zip(structures, starts, strict=False):
+        nodes += [v.node.repeat_interleave(v.vector.width) + start for v in s.vectors]
+    features = [v.features.repeat(len(v.node), 1) for s in structures for v in s.vectors]
+    empty = torch.empty(0, dtype=torch.long)
+    return _Plan(
+        nodes=torch.cat([s.nodes for s in structures]),
+        cell=torch.cat([s.cell + c for s, c in zip(structures, first_cells, strict=False)]),
+        cell_network=torch.arange(len(structures)).repeat_interleave(torch.tensor([s.num_cells for s in structures])),
+        marks=torch.cat([s.marks for s in structures]),
+        links=torch.cat([s.links + start for s, start in zip(structures, starts, strict=False)], dim=1),
+        value_node=torch.cat([empty, *nodes]),
+        value_features=torch.cat(features) if features else torch.empty(0, 0),
+        groups=groups,
+        starts=tuple(starts),
+    )
+
+
+def _group(
+    structures: Sequence[Structure], members: list[tuple[int, int]], starts: Sequence[int], far: bool
+) -> _Group:
+    parts: list[BlockPart] = [structures[n].blocks[b] for n, b in members]
+    first = parts[0]
+    out, inner = (first.shape[1], first.shape[2]) if far else (_padded(first.shape[1]), _padded(first.shape[2]))
+    shared = torch.tensor([p.shape[0] for p in parts])
+    total = int(shared.sum())
+    # Padding points at the first node, which gets nothing from weights of zero.
+    dst, src = torch.zeros(total, out, dtype=torch.long), torch.zeros(total, inner, dtype=torch.long)
+    at = 0
+    for (n, _), p in zip(members, parts, strict=True):
+        end = at + p.shape[0]
+        dst[at:end, : p.shape[1]] = p.dst + starts[n]
+        src[at:end, : p.shape[2]] = p.src + starts[n]
+        at = end
+    fans = torch.tensor([[p.shape[1], p.shape[2], float(p.lookup)] for p in parts], dtype=torch.float32)
+    features = torch.stack([p.features for p in parts])
+    return _Group(
+        tuple(members), shared, (out, inner, first.shape[3]), dst, src, first.coordinates,
+        features.repeat_interleave(shared, 0), fans.repeat_interleave(shared, 0), far,
+    )  # fmt: skip
+
+
+def _padded(n: int) -> int:
+    """Sizes that blocks are padded to: 1, 2, 3, 4, 6, 8, 12, 16, 24, … at most half again as much work."""
+    power = 1
+    while power < n:
+        if power >= 2 and power + power // 2 >= n:
+            return power + power // 2
+        power *= 2
+    return power
+
+
+# -------------------------------------------------------------------- weights
+
+
+def _stack(items: Sequence[Item], group: _Group) -> Tensor:
+    out, inner, positions = group.shape
+    parts = [_held(items[n], b).transpose(0, 1) for n, b in group.members]
+    if all(p.shape[2:4] == (out, inner) for p in parts):
+        return torch.cat(parts)
+    models = parts[0].shape[1]
+    weight = parts[0].new_zeros(int(group.shared.sum()), models, out, inner, positions)
+    at = 0
+    for p in parts:
+        weight[at : at + len(p), :, : p.shape[2], : p.shape[3]] = p
+        at += len(p)
+    return weight
+
+
+def _held(item: Item, block: int) -> Tensor:
+    held = item.weights[block]
+    if held is not None:
+        return held
+    return _differences([_float(g.weight(item.structure.blocks[block].block)) for g in item.graphs])
+
+
+def _reader(items: Sequence[Item], group: _Group) -> Callable[[int, int, int], Tensor]:
+    ((n, b),) = group.members
+    item = items[n]
+    block = item.structure.blocks[b].block
+    held = item.weights[b]
+
+    def rows(matrix: int, start: int, stop: int) -> Tensor:
+        if held is not None:
+            return held[:, matrix, start:stop]
+        return _differences([_float(g.weight(block)[matrix, start:stop]) for g in item.graphs])
+
+    return rows
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.to(torch.float64) if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _differences(found: list[Tensor]) -> Tensor:
+    """The base and the differences of the others from it, stacked."""
+    return torch.stack([found[0], *(x - found[0] for x in found[1:])])
+
+
+def _streamed_scales(graphs: Sequence[ParameterGraph], block: Block) -> Tensor:
+    """Mean |w| and mean w² of a block (and of differences), ``(models, 2)``, a chunk at a time."""
+    matrices = [g.weight(block) for g in graphs]
+    shared, rows, *rest = matrices[0].shape
+    step = max(1, CHUNK // max(rest[0] * rest[1], 1))
+    total = torch.zeros(len(graphs), 2, dtype=torch.float64)
+    for k in range(shared):
+        for start in range(0, rows, step):
+            chunk = _differences([_float(m[k, start : start + step]) for m in matrices]).flatten(1)
+            total[:, 0] += chunk.abs().sum(1, dtype=torch.float64)
+            total[:, 1] += chunk.square().sum(1, dtype=torch.float64)
+    return total / block.numel
