@@ -1,0 +1,354 @@
+"""Parameter graphs as tables of edges for the reference metanetworks, prepared once per wiring.
+
+An edge is a pair of channels with its kernel as features, laid on the middle of a grid of ``kernel`` × ``kernel``
+positions. Kernels that the grid cannot hold are cut into several edges between the same nodes, each with features
+that say where its piece lies; with ``kernel=1`` every weight is an edge of its own. Biases, norms and the like
+are **entries** of the nodes in the same form, or, where a metanetwork asks for it, edges from a node that stands
+for the tensor. Only the gathering of the weights is done for each network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from weightspace.errors import MetanetError
+from weightspace.graph.layout import Block, Vector
+from weightspace.metanets.structure import (
+    BLOCK_FEATURES,
+    NODE_FEATURES,
+    ROLES,
+    VECTOR_FEATURES,
+    Structure,
+    structure_of,
+)
+
+if TYPE_CHECKING:
+    from weightspace.graph import ParameterGraph
+
+KINDS = ("block", "vector", "link")
+TYPE_FEATURES = VECTOR_FEATURES + len(KINDS)
+"""Role and depth of the tensor, where in its kernel the edge lies, and whether it is a block, vector or link."""
+
+MAX_EDGES = 4_000_000
+"""Edges that are materialised at most: the references hold a state for each, whole, in memory."""
+
+WIDTH = NODE_FEATURES + BLOCK_FEATURES + 1
+"""Features of a node: those of ``structure``, role and depth of what makes it, and whether it stands for a tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Symmetry:
+    """How the rescalings of a wiring act: ``grades (T, 2)`` exponents of a type of edge in the scale of its
+    destination and of its source, ``positive (N,)`` and ``signed (N,)`` which nodes have such a scale."""
+
+    grades: Tensor
+    positive: Tensor
+    signed: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """All that networks of one wiring share: N nodes, E edges, V entries, T types of edges, P grid positions.
+
+    ``places`` index the elements of the tensors ``names`` laid end to end, followed by a zero for empty positions.
+    ``node_mark``: 0 hidden, 1 input, 2 output. ``parts``: for each type the block or vector it was made of.
+    """
+
+    names: tuple[str, ...]
+    nodes: Tensor
+    node_mark: Tensor
+    edge_index: Tensor
+    edge_type: Tensor
+    edge_places: Tensor
+    entry_node: Tensor
+    entry_type: Tensor
+    entry_places: Tensor
+    types: Tensor
+    type_role: Tensor
+    symmetry: Symmetry | None = None
+    parts: tuple[Vector | None, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One network: the tables of its wiring and its weights end to end, followed by a zero."""
+
+    tables: Tables
+    flat: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Several networks as one graph; ``node_graph (N,)`` and ``edge_graph (E,)`` number them as they were given.
+
+    ``edges (E, P)`` and ``entries (V, P)`` hold the weights, the other fields are those of ``Tables``.
+    """
+
+    size: int
+    nodes: Tensor
+    node_mark: Tensor
+    node_graph: Tensor
+    edge_index: Tensor
+    edge_type: Tensor
+    edge_graph: Tensor
+    edges: Tensor
+    entry_node: Tensor
+    entry_type: Tensor
+    entries: Tensor
+    types: Tensor
+    type_role: Tensor
+    symmetry: Symmetry | None
+
+    @property
+    def num_nodes(self) -> int:
+        return self.nodes.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+        return _moved(self, lambda x: x.to(device, non_blocking=True))
+
+    def as_type(self, dtype: torch.dtype) -> Batch:
+        """The same with numbers of a floating point type."""
+        return _moved(self, lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+
+# Which symmetry to look for: the graph, the parts behind the types of edges, the number of nodes.
+SymmetryOf = Callable[["ParameterGraph", Sequence[Vector | None]], Symmetry]
+
+_CACHE: WeakKeyDictionary[Structure, dict[tuple[Any, ...], Tables]] = WeakKeyDictionary()
+
+
+def tables_of(
+    graph: ParameterGraph, kernel: int, vectors: str, symmetry: tuple[str, SymmetryOf] | None = None
+) -> Tables:
+    """The tables of a graph, made once per wiring and form.
+
+    ``vectors``: ``"entries"`` of the nodes, or ``"nodes"``, one per tensor, with edges. ``symmetry``: a name for
+    the cache and the function that finds it.
+    """
+    structure = structure_of(graph)
+    known = _CACHE.setdefault(structure, {})
+    key = (kernel, vectors, symmetry[0] if symmetry else None)
+    if key not in known:
+        made = _build(graph, structure, kernel, vectors)
+        known[key] = replace(made, symmetry=symmetry[1](graph, made.parts)) if symmetry else made
+    return known[key]
+
+
+def item_of(graph: ParameterGraph, tables: Tables) -> Item:
+    """The weights of one network for its tables. What is not a number counts as zero."""
+    tensors = [graph.real(name) for name in tables.names]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    flat = torch.cat([*(x.reshape(-1).to(dtype) for x in tensors), torch.zeros(1, dtype=dtype)])
+    return Item(tables, flat.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+
+
+def batch_of(items: Sequence[Item]) -> Batch:
+    """Several networks as one graph: those that share their tables are gathered at once."""
+    if not items:
+        raise MetanetError("no networks: a batch needs at least one")
+    groups: dict[int, list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(id(item.tables), []).append(i)
+    parts = []
+    nodes = types = 0
+    for members in groups.values():
+        tables = items[members[0]].tables
+        parts.append(_repeated(tables, torch.stack([items[i].flat for i in members]), members, nodes, types))
+        nodes += len(members) * tables.nodes.shape[0]
+        types += tables.types.shape[0]
+    return parts[0] if len(parts) == 1 else _joined(parts, len(items))
+
+
+# -------------------------------------------------------------------- batches
+
+
+def _repeated(tables: Tables, flat: Tensor, numbers: Sequence[int], nodes: int, types: int) -> Batch:
+    """One group: networks with the same tables, their nodes and types counted from ``nodes`` and ``types``."""
+    n, here, width = len(numbers), tables.nodes.shape[0], tables.edge_places.shape[1]
+    graphs = torch.tensor(numbers)
+    starts = nodes + here * torch.arange(n)
+    symmetry = tables.symmetry
+    return Batch(
+        size=n,
+        nodes=tables.nodes.repeat(n, 1),
+        node_mark=tables.node_mark.repeat(n),
+        node_graph=graphs.repeat_interleave(here),
+        edge_index=(tables.edge_index.unsqueeze(1) + starts.unsqueeze(1)).flatten(1),
+        edge_type=(tables.edge_type + types).repeat(n),
+        edge_graph=graphs.repeat_interleave(tables.edge_type.shape[0]),
+        edges=flat[:, tables.edge_places].reshape(-1, width),
+        entry_node=(tables.entry_node + starts.unsqueeze(1)).flatten(),
+        entry_type=(tables.entry_type + types).repeat(n),
+        entries=flat[:, tables.entry_places].reshape(-1, width),
+        types=tables.types,
+        type_role=tables.type_role,
+        symmetry=symmetry and Symmetry(symmetry.grades, symmetry.positive.repeat(n), symmetry.signed.repeat(n)),
+    )
+
+
+def _joined(parts: Sequence[Batch], size: int) -> Batch:
+    found: dict[str, Any] = {"size": size, "symmetry": None}
+    for f in fields(Batch):
+        if f.name not in found:
+            found[f.name] = torch.cat([getattr(p, f.name) for p in parts], dim=1 if f.name == "edge_index" else 0)
+    symmetries = [p.symmetry for p in parts if p.symmetry is not None]
+    if symmetries:
+        found["symmetry"] = Symmetry(
+            torch.cat([s.grades for s in symmetries]),
+            torch.cat([s.positive for s in symmetries]),
+            torch.cat([s.signed for s in symmetries]),
+        )
+    return Batch(**found)
+
+
+def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
+    found: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}
+    if batch.symmetry is not None:
+        s = batch.symmetry
+        found["symmetry"] = Symmetry(move(s.grades), move(s.positive), move(s.signed))
+    found |= {k: move(v) for k, v in found.items() if isinstance(v, Tensor)}
+    return Batch(**found)
+
+
+# -------------------------------------------------------------------- tables of a wiring
+
+
+def _build(graph: ParameterGraph, structure: Structure, kernel: int, vectors: str) -> Tables:
+    count = sum(math.prod(b.shape[:3]) * (b.shape[3] if kernel == 1 else 1) for b in structure.blocks)
+    if count > MAX_EDGES:
+        raise MetanetError(
+            f"the network has {count:,} edges and the reference metanetworks keep a state for each; at most "
+            f"{MAX_EDGES:,} are made. The metanetwork 'operator' reads networks of any size"
+        )
+    rows = _Rows(graph, kernel)
+    for b in structure.blocks:
+        elements = b.block.matrix(rows.elements(b.block.tensor))
+        _, out, into, width = elements.shape
+        dst = b.dst.unsqueeze(2).expand(-1, -1, into).reshape(-1)
+        src = b.src.unsqueeze(1).expand(-1, out, -1).reshape(-1)
+        features = torch.cat((b.features.expand(width, -1), b.coordinates), dim=1)
+        rows.add(False, b.block, torch.stack((src, dst)), elements.reshape(-1, width), features)
+    extra: list[Tensor] = []
+    for v in structure.vectors:
+        elements = v.vector.matrix(rows.elements(v.vector.tensor))
+        if vectors == "nodes":
+            source = torch.full_like(v.node, structure.num_nodes + len(extra))
+            extra.append(v.features[:, :BLOCK_FEATURES].mean(dim=0))
+            rows.add(False, v.vector, torch.stack((source, v.node)), elements, v.features)
+        else:
+            rows.add(True, v.vector, v.node.unsqueeze(0), elements, v.features)
+    if structure.links.shape[1]:
+        rows.add(False, None, structure.links, torch.empty(structure.links.shape[1], 0, dtype=torch.long),
+                 torch.zeros(1, VECTOR_FEATURES))  # fmt: skip
+    marks = structure.marks[structure.cell] @ torch.tensor([1.0, 2.0])
+    own = torch.zeros(structure.num_nodes, 1)
+    nodes = torch.cat((structure.nodes, _made_by(structure)[structure.cell], own), dim=1)
+    if extra:
+        n = len(extra)
+        added = torch.cat((torch.zeros(n, NODE_FEATURES), torch.stack(extra), torch.ones(n, 1)), dim=1)
+        nodes, marks = torch.cat((nodes, added)), torch.cat((marks, torch.zeros(n)))
+    return rows.tables(nodes, marks.long())
+
+
+def _made_by(structure: Structure) -> Tensor:
+    """Mean role and depth of the tensors that end in each cell, ``(cells, BLOCK_FEATURES)``."""
+    number = {cell.name: i for i, cell in enumerate(structure.cells)}
+    total = torch.zeros(structure.num_cells, BLOCK_FEATURES)
+    count = torch.zeros(structure.num_cells, 1)
+    ends = [(b.block.dst, b.features) for b in structure.blocks]
+    ends += [(v.vector.dst, v.features[0, :BLOCK_FEATURES]) for v in structure.vectors]
+    for dst, features in ends:
+        total[number[dst]] += features
+        count[number[dst]] += 1
+    return total / count.clamp(min=1)
+
+
+class _Rows:
+    """Edges and entries as they are found, and the order of the tensors that they take their weights from."""
+
+    def __init__(self, graph: ParameterGraph, kernel: int) -> None:
+        self.graph = graph
+        self.kernel = kernel
+        self.starts: dict[str, int] = {}
+        self.total = 0
+        self.edges: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.types: list[Tensor] = []
+        self.roles: list[int] = []
+        self.parts: list[Vector | None] = []
+
+    def elements(self, name: str) -> Tensor:
+        """The number of every element of a tensor among those of all."""
+        shape = self.graph.shapes[name]
+        shape = (*shape, 2) if self.graph.dtypes[name].is_complex else shape
+        if name not in self.starts:
+            self.starts[name] = self.total
+            self.total += math.prod(shape)
+        return (self.starts[name] + torch.arange(math.prod(shape))).reshape(shape)
+
+    def add(self, entry: bool, part: Vector | None, index: Tensor, elements: Tensor, features: Tensor) -> None:
+        """Edges ``index (2, n)`` or entries ``(1, n)`` with ``elements (n, width)`` and ``features (width, F)``."""
+        for columns, slots in _pieces(part, self.kernel, features):
+            places = torch.full((elements.shape[0], self.kernel**2), -1)
+            places[:, slots] = elements[:, columns]
+            which = torch.full((elements.shape[0],), len(self.types))
+            (self.entries if entry else self.edges).append((index, which, places))
+            place = features[columns].mean(dim=0) if len(columns) else features[0]
+            made_of = "link" if part is None else "block" if isinstance(part, Block) else "vector"
+            flags = torch.tensor([float(k == made_of) for k in KINDS])
+            self.types.append(torch.cat((place, flags)))
+            role = self.graph.wiring.roles.get(part.tensor, "other") if part and self.graph.wiring else "other"
+            self.roles.append(ROLES.index(role))
+            self.parts.append(part)
+
+    def tables(self, nodes: Tensor, marks: Tensor) -> Tables:
+        edge_index, edge_type, edge_places = self._joined(self.edges, 2)
+        entry_index, entry_type, entry_places = self._joined(self.entries, 1)
+        return Tables(
+            names=tuple(self.starts),
+            nodes=nodes,
+            node_mark=marks,
+            edge_index=edge_index,
+            edge_type=edge_type,
+            edge_places=edge_places,
+            entry_node=entry_index[0],
+            entry_type=entry_type,
+            entry_places=entry_places,
+            types=torch.stack(self.types),
+            type_role=torch.tensor(self.roles),
+            parts=tuple(self.parts),
+        )
+
+    def _joined(self, rows: list[tuple[Tensor, Tensor, Tensor]], ends: int) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.cat([torch.empty(ends, 0, dtype=torch.long), *(r[0] for r in rows)], dim=1)
+        which = torch.cat([torch.empty(0, dtype=torch.long), *(r[1] for r in rows)])
+        places = torch.cat([torch.empty(0, self.kernel**2, dtype=torch.long), *(r[2] for r in rows)])
+        # Empty positions read the zero behind the last weight.
+        return index, which, places.masked_fill(places < 0, self.total)
+
+
+def _pieces(part: Vector | None, kernel: int, features: Tensor) -> list[tuple[list[int], list[int]]]:
+    """Which columns of a part go together on one edge, and at which positions of the grid."""
+    if part is None:
+        return [([], [])]
+    width, middle = part.width, (kernel // 2) * (kernel + 1)
+    loops = sorted((x for x in part.loops if x.feature), key=lambda x: -x.feature)
+    sizes = [x.size for x in loops if x.size > 1]
+    # Positions that may be permuted are described alike, and no place on a grid is theirs.
+    if width > 1 and len(torch.unique(features, dim=0)) < width:
+        return [([i], [middle]) for i in range(width)]
+    if len(sizes) > 2 or any(n > kernel for n in sizes):
+        step = kernel**2
+        ends = [(i, min(i + step, width)) for i in range(0, width, step)]
+        return [(list(range(i, j)), list(range(j - i))) for i, j in ends]
+    rows, columns = ([1] * (2 - len(sizes)) + sizes)[:2]
+    top, left = kernel // 2 - rows // 2, kernel // 2 - columns // 2
+    return [(list(range(width)), [(top + r) * kernel + left + c for r in range(rows) for c in range(columns)])]
