@@ -8,7 +8,7 @@ to a common size with weights of zero, which send nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from weightspace.errors import MetanetError
 from weightspace.graph import ParameterGraph
 from weightspace.graph.layout import Block
-from weightspace.metanets.structure import BlockPart, Structure
+from weightspace.metanets.structure import BLOCK_FEATURES, BlockPart, Structure
 
 # Below this many weights a block is stacked with others; above, it is read in chunks of about this many.
 CHUNK = 4 << 20
+_WAVES = (0.5, 1.0, 2.0, 4.0, 8.0)
+SHAPE_FEATURES = 2 * len(_WAVES) + 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +31,14 @@ class Item:
     """A prepared network: its structure and its weights, of ``models`` networks on one wiring.
 
     ``weights``: per block ``(models, shared, out, in, positions)``, or None where it is read when it is needed.
-    ``scales``: per block ``(models, 2)``, mean |w| and mean w². ``values (models, rows)``: all vector elements.
+    ``scales``: per block ``(models, 2)``, mean |w| and mean w². ``shapes``: per block ``(models, SHAPE_FEATURES)``,
+    see ``shape_features``. ``values (models, rows)``: all vector elements.
     """
 
     structure: Structure
     weights: tuple[Tensor | None, ...]
     scales: Tensor
+    shapes: Tensor
     values: Tensor
     graphs: tuple[ParameterGraph, ...]
 
@@ -69,6 +73,9 @@ class Batch:
 
     ``nodes (N, NODE_FEATURES)``, ``cell (N,)``, ``cell_network (cells,)``, ``marks (cells, 2)``, ``links (2, L)``,
     vector elements ``values (T, models)`` with ``value_node (T,)`` and ``value_features (T, VECTOR_FEATURES)``.
+    Of every block ``block_features (K, BLOCK_FEATURES)``, ``block_scales (K, models, 2)``, ``block_shapes (K,
+    models, SHAPE_FEATURES)``, ``block_fans (K, 3)`` (out, in, positions), ``block_network (K,)`` and
+    ``block_cells (K, 2)``, the cells that it leads to and comes from.
     ``starts``: first node of every network.
     """
 
@@ -82,6 +89,12 @@ class Batch:
     values: Tensor
     value_node: Tensor
     value_features: Tensor
+    block_features: Tensor
+    block_scales: Tensor
+    block_shapes: Tensor
+    block_fans: Tensor
+    block_network: Tensor
+    block_cells: Tensor
     buckets: tuple[Bucket, ...]
     starts: tuple[int, ...]
     items: tuple[Item, ...]
@@ -103,23 +116,21 @@ def prepare(graphs: Sequence[ParameterGraph], structure: Structure, lazy: bool |
         if other.shapes != base.shapes:
             raise MetanetError("networks on one wiring need the same tensors; align and match them first")
     weights: list[Tensor | None] = []
-    scales = []
+    scales, shapes = [], []
     for part in structure.blocks:
         far = part.block.numel > CHUNK if lazy is None else lazy
-        if far:
-            weights.append(None)
-            scales.append(_streamed_scales(graphs, part.block))
-        else:
-            weight = _differences([_float(g.weight(part.block)) for g in graphs])
-            weights.append(weight)
-            flat = weight.flatten(1).to(torch.float64)
-            scales.append(torch.stack((flat.abs().mean(1), flat.square().mean(1)), dim=1))
+        weight = None if far else _differences([_float(g.weight(part.block)) for g in graphs])
+        weights.append(weight)
+        scale, shape = _summary(graphs, part.block, weight)
+        scales.append(scale)
+        shapes.append(shape)
     rows = [_differences([_float(g.weight(v.vector)).flatten() for g in graphs]) for v in structure.vectors]
     stacked = torch.stack(scales) if scales else torch.empty(0, len(graphs), 2, dtype=torch.float64)
     held = torch.cat([torch.empty(len(graphs), 0), *rows], dim=1)
     if not bool(torch.isfinite(stacked).all()) or not bool(torch.isfinite(held).all()):
         raise MetanetError("this network has weights that are infinite or not a number (a diverged training?)")
-    return Item(structure, tuple(weights), stacked, held, tuple(graphs))
+    formed = torch.stack(shapes) if shapes else torch.empty(0, len(graphs), SHAPE_FEATURES, dtype=torch.float64)
+    return Item(structure, tuple(weights), stacked, formed, held, tuple(graphs))
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -141,7 +152,9 @@ def collate(items: Sequence[Item]) -> Batch:
     values = torch.cat([i.values for i in items], dim=1).T.contiguous()
     return Batch(
         len(items), models, plan.nodes, plan.cell, plan.cell_network, plan.marks, plan.links, values, plan.value_node,
-        plan.value_features, tuple(buckets), plan.starts, tuple(items),
+        plan.value_features, plan.block_features, torch.cat([i.scales for i in items]),
+        torch.cat([i.shapes for i in items]), plan.block_fans, plan.block_network, plan.block_cells, tuple(buckets),
+        plan.starts, tuple(items),
     )  # fmt: skip
 
 
@@ -172,6 +185,10 @@ class _Plan:
     links: Tensor
     value_node: Tensor
     value_features: Tensor
+    block_features: Tensor
+    block_fans: Tensor
+    block_network: Tensor
+    block_cells: Tensor
     groups: tuple[_Group, ...]
     starts: tuple[int, ...]
 
@@ -207,6 +224,7 @@ def _make_plan(structures: tuple[Structure, ...]) -> _Plan:
         nodes += [v.node.repeat_interleave(v.vector.width) + start for v in s.vectors]
     features = [v.features.repeat(len(v.node), 1) for s in structures for v in s.vectors]
     empty = torch.empty(0, dtype=torch.long)
+    blocks = [(n, part) for n, s in enumerate(structures) for part in s.blocks]
     return _Plan(
         nodes=torch.cat([s.nodes for s in structures]),
         cell=torch.cat([s.cell + c for s, c in zip(structures, first_cells, strict=False)]),
@@ -215,6 +233,10 @@ def _make_plan(structures: tuple[Structure, ...]) -> _Plan:
         links=torch.cat([s.links + start for s, start in zip(structures, starts, strict=False)], dim=1),
         value_node=torch.cat([empty, *nodes]),
         value_features=torch.cat(features) if features else torch.empty(0, 0),
+        block_features=torch.stack([p.features for _, p in blocks]) if blocks else torch.empty(0, BLOCK_FEATURES),
+        block_fans=torch.tensor([[p.shape[1], p.shape[2], p.shape[3]] for _, p in blocks]).reshape(-1, 3),
+        block_network=torch.tensor([n for n, _ in blocks], dtype=torch.long),
+        block_cells=torch.tensor([[first_cells[n] + c for c in p.cells] for n, p in blocks]).reshape(-1, 2),
         groups=groups,
         starts=tuple(starts),
     )
@@ -301,15 +323,37 @@ def _differences(found: list[Tensor]) -> Tensor:
     return torch.stack([found[0], *(x - found[0] for x in found[1:])])
 
 
-def _streamed_scales(graphs: Sequence[ParameterGraph], block: Block) -> Tensor:
-    """Mean |w| and mean w² of a block (and of differences), ``(models, 2)``, a chunk at a time."""
-    matrices = [g.weight(block) for g in graphs]
-    shared, rows, *rest = matrices[0].shape
-    step = max(1, CHUNK // max(rest[0] * rest[1], 1))
-    total = torch.zeros(len(graphs), 2, dtype=torch.float64)
-    for k in range(shared):
-        for start in range(0, rows, step):
-            chunk = _differences([_float(m[k, start : start + step]) for m in matrices]).flatten(1)
-            total[:, 0] += chunk.abs().sum(1, dtype=torch.float64)
-            total[:, 1] += chunk.square().sum(1, dtype=torch.float64)
-    return total / block.numel
+def _summary(graphs: Sequence[ParameterGraph], block: Block, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale ``(models, 2)`` and shape ``(models, SHAPE_FEATURES)`` of the weights of a block, in float64."""
+
+    def chunks() -> Iterator[Tensor]:
+        if weight is not None:
+            yield weight.flatten(1).to(torch.float64)
+            return
+        matrices = [g.weight(block) for g in graphs]
+        shared, rows, *rest = matrices[0].shape
+        step = max(1, CHUNK // max(rest[0] * rest[1], 1))
+        for k in range(shared):
+            for start in range(0, rows, step):
+                yield _differences([_float(m[k, start : start + step]) for m in matrices]).flatten(1)
+
+    scale = torch.zeros(len(graphs), 2, dtype=torch.float64)
+    for x in chunks():
+        scale += torch.stack((x.abs(), x.square())).sum(2, dtype=torch.float64).T / block.numel
+    rms = scale[:, 1:].clamp_min(1e-30).sqrt()
+    shape = torch.zeros(len(graphs), SHAPE_FEATURES, dtype=torch.float64)
+    for x in chunks():
+        shape += shape_features(x / rms.to(x.dtype)) / block.numel
+    return scale, shape
+
+
+def shape_features(x: Tensor) -> Tensor:
+    """Sums over ``x (models, n)`` that say how weights of mean square 1 are distributed: ``(models, SHAPE_FEATURES)``.
+
+    The mean, the mean size, how many are next to nothing, and the characteristic function at a few frequencies.
+    Smooth in the weights, and sums, so that a stream of chunks gives them too.
+    """
+    parts = [x.sum(1), x.abs().sum(1), torch.exp(-100 * x.square()).sum(1)]
+    for wave in _WAVES:
+        parts += [(wave * x).sin().sum(1), (wave * x).cos().sum(1)]
+    return torch.stack(parts, dim=1).to(torch.float64)

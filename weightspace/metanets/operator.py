@@ -31,7 +31,7 @@ from weightspace.errors import MetanetError
 from weightspace.graph import ParameterGraph
 from weightspace.metanets.base import Metanet
 from weightspace.metanets.batch import CHUNK, Batch, Bucket, Item, collate, prepare
-from weightspace.metanets.readout import GraphReadout, cell_mean
+from weightspace.metanets.readout import GraphReadout, cell_mean, relative_scales
 from weightspace.metanets.structure import (
     BLOCK_FEATURES,
     COORDINATES,
@@ -89,7 +89,7 @@ class OperatorMetanet(Metanet):
             Round(width, hidden or 2 * width, self.channels, attributes, dropout) for _ in range(rounds)
         )
         self.out_norm = nn.LayerNorm(width)
-        self.readout = GraphReadout(width, embedding, outputs, dropout)
+        self.readout = GraphReadout(width, embedding, outputs, dropout, models=models, transfer=transfer)
 
     # ---------------------------------------------------------------- the contract
 
@@ -148,9 +148,7 @@ class Operators:
         positions = bucket.coordinates.shape[0]
         attributes = [bucket.features.to(dtype)]
         if not transfer:
-            # Scale relative to that of an initialisation that keeps variances.
-            relative = scales * torch.stack(((fan_in * positions).sqrt(), fan_in * positions), dim=1).unsqueeze(1)
-            attributes.append(relative.clamp(1e-8, 1e8).log().flatten(1).to(dtype))
+            attributes.append(relative_scales(scales, fan_in * positions).to(dtype))
         self.attributes = torch.cat(attributes, dim=1)
         self.coordinates = bucket.coordinates.to(dtype)
         # A table of lookups is read one row at a time: its sums are over rows that never meet.

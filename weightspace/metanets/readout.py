@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from weightspace.errors import MetanetError
 from weightspace.graph.layout import Block
-from weightspace.metanets.batch import Batch
+from weightspace.metanets.batch import SHAPE_FEATURES, Batch
 from weightspace.metanets.structure import BLOCK_FEATURES, COORDINATES
 
 
@@ -15,13 +15,19 @@ class GraphReadout(nn.Module):
     """States of all nodes to one embedding per network: cells are pooled first, then networks.
 
     Means, deviations and maxima over a cell do not change when each of its neurons is duplicated. The cells
-    that hold the network's inputs and outputs are pooled once more on their own.
+    that hold the network's inputs and outputs are pooled once more on their own. Every block adds what its
+    weights are like as a whole; ``transfer`` leaves out their scale.
     """
 
-    def __init__(self, width: int, embedding: int, outputs: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, embedding: int, outputs: int, dropout: float = 0.0, *, models: int = 1, transfer: bool = False
+    ) -> None:
         super().__init__()
+        self.transfer = transfer
+        tokens = BLOCK_FEATURES + models * (SHAPE_FEATURES + (0 if transfer else 2)) + 4 * width
+        self.block = nn.Sequential(nn.Linear(tokens, 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * width))
         self.cell = nn.Sequential(nn.Linear(3 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * width))
-        self.mix = nn.Sequential(nn.Linear(8 * width, embedding), nn.GELU(), nn.Linear(embedding, embedding))
+        self.mix = nn.Sequential(nn.Linear(12 * width, embedding), nn.GELU(), nn.Linear(embedding, embedding))
         self.head = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(embedding, outputs))
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
@@ -34,9 +40,21 @@ class GraphReadout(nn.Module):
         network = batch.cell_network
         marks = batch.marks.to(pooled.dtype)
         ends = [_marked_mean(pooled, network, batch.size, marks[:, k]) for k in range(2)]
-        whole = (cell_mean(pooled, network, batch.size), _maximum(pooled, network, batch.size))
+        tokens = self.block(self._tokens(pooled, batch))
+        of = batch.block_network
+        whole = [cell_mean(pooled, network, batch.size), _maximum(pooled, network, batch.size)]
+        whole += [cell_mean(tokens, of, batch.size), _maximum(tokens, of, batch.size)]
         embedding: Tensor = self.mix(torch.cat((*whole, *ends), dim=1))
         return embedding
+
+    def _tokens(self, pooled: Tensor, batch: Batch) -> Tensor:
+        """What is said of every block: role and depth, how its weights are distributed, and the cells at its ends."""
+        dtype = pooled.dtype
+        parts = [batch.block_features.to(dtype), batch.block_shapes.flatten(1).to(dtype)]
+        if not self.transfer:
+            parts.append(relative_scales(batch.block_scales, batch.block_fans[:, 1] * batch.block_fans[:, 2]).to(dtype))
+        ends = pooled[batch.block_cells]
+        return torch.cat((*parts, ends.flatten(1)), dim=1)
 
 
 class NodeReadout(nn.Module):
@@ -97,6 +115,16 @@ class BlockReadout(nn.Module):
         pairs = torch.einsum("socr,sicr,pcr->csoip", query, key, gate) / self.rank**0.5
         found: Tensor = pairs[0] + pairs[1] * relative + pairs[2] * relative.abs()
         return found
+
+
+def relative_scales(scales: Tensor, fan_in: Tensor) -> Tensor:
+    """Logarithms of mean |w| and mean w² ``(K, models, 2)`` relative to an initialisation that keeps variances.
+
+    ``fan_in (K,)``: weights that each output sums. Returns ``(K, 2 models)``, float64.
+    """
+    fan = fan_in.to(torch.float64)
+    relative = scales.to(torch.float64) * torch.stack((fan.sqrt(), fan), dim=1).unsqueeze(1)
+    return relative.clamp(1e-8, 1e8).log().flatten(1)
 
 
 def cell_mean(x: Tensor, cell: Tensor, cells: int) -> Tensor:

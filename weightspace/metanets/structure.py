@@ -49,6 +49,7 @@ class BlockPart:
 
     ``dst (shared, out)`` and ``src (shared, in)`` are node numbers, ``coordinates (positions, COORDINATES)``
     describe the kernel, ``features (BLOCK_FEATURES,)`` role and depth. ``key`` is equal for equal coordinates.
+    ``cells``: numbers of the cells that the block leads to and comes from.
     """
 
     block: Block
@@ -59,6 +60,7 @@ class BlockPart:
     features: Tensor
     key: tuple[object, ...]
     lookup: bool
+    cells: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +195,9 @@ def _block(graph: ParameterGraph, wiring: Wiring, block: Block, depth: dict[str,
     features = torch.cat((_depth_features(depth.get(block.tensor, 0.5)), _role_features(wiring, block.tensor)))
     shape = (block.shared, dst.shape[1], src.shape[1], block.width)
     lookup = wiring.roles.get(block.tensor) == "lookup"
-    return BlockPart(block, shape, dst, src, coordinates, features, key, lookup)
+    order = list(graph.cells)
+    ends = order.index(block.dst), order.index(block.src)
+    return BlockPart(block, shape, dst, src, coordinates, features, key, lookup, ends)
 
 
 def _vector(graph: ParameterGraph, wiring: Wiring, vector: Vector, depth: dict[str, float]) -> VectorPart:

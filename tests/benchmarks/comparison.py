@@ -1,0 +1,127 @@
+"""What the metanet benchmarks share: methods trained on the same splits, a resumable file of results, tables.
+
+Every result is a row of JSON in a file, written as soon as it is there: an interrupted comparison goes on where
+it stopped, and one run later with another method adds its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightspace.metanets.data import Sample
+from weightspace.metanets.metrics import over_seeds
+
+Row = dict[str, Any]
+Values = dict[str, float]
+
+# Ours, and the published ones at sizes that a CPU can train: hidden sizes of 32 and fewer layers than in the papers.
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {"kind": "operator", "width": 64},
+    "ours, scale": {"kind": "operator", "width": 64, "scale": True},
+}
+
+
+def references() -> dict[str, dict[str, Any]]:
+    """The published metanets at their small sizes."""
+    from weightspace.metanets.gmn import SMALL as GMN
+    from weightspace.metanets.neural_graphs import SMALL as NEURAL_GRAPHS
+    from weightspace.metanets.scalegmn import SMALL as SCALE_GMN
+
+    return {
+        "neural-graphs": {"kind": "neural-graphs", **NEURAL_GRAPHS},
+        "gmn": {"kind": "gmn", **GMN},
+        "scalegmn": {"kind": "scalegmn", **SCALE_GMN},
+        "scalegmn both": {"kind": "scalegmn", **SCALE_GMN, "direction": "both"},
+    }
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples to train on, to choose the epoch by, and named sets to test on."""
+
+    train: Sequence[Sample]
+    validation: Sequence[Sample]
+    tests: Mapping[str, Sequence[Sample]]
+
+
+@dataclass
+class Results:
+    """Rows in a JSON-lines file; without a file they are kept in memory."""
+
+    path: Path | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.is_file():
+            self.rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
+
+    def find(self, **key: Any) -> list[Row]:
+        return [r for r in self.rows if all(r.get(k) == v for k, v in key.items())]
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+def run_metanet(
+    name: str,
+    config: Mapping[str, Any],
+    split: Split,
+    seed: int,
+    score: Callable[[torch.Tensor, Sequence[Sample]], Values],
+    results: Results,
+    key: Row,
+    **plan: Any,
+) -> None:
+    """Train one metanet on a split and add a row per test set, unless the rows are there."""
+    from weightspace.metanets.training import TrainingPlan, fit
+
+    if len(results.find(**key, method=name, seed=seed)) >= len(split.tests):
+        return
+    started = time.perf_counter()
+    trained = fit(
+        TrainingPlan(metanet=dict(config), seed=seed, **plan), split.train, split.validation, progress=False
+    )
+    seconds = time.perf_counter() - started
+    parameters = sum(p.numel() for p in trained.metanet.parameters())
+    for test, samples in split.tests.items():
+        values = score(trained.predict(samples), samples)
+        results.add({
+            **key, "method": name, "seed": seed, "test": test, **values, "epochs": len(trained.history),
+            "seconds": seconds, "parameters": parameters, "train": len(split.train), "count": len(samples),
+        })  # fmt: skip
+
+
+def table(rows: Sequence[Row], columns: Sequence[str], by: Sequence[str] = ("method",)) -> str:
+    """A Markdown table: a line per value of ``by``, means over seeds with 95 % intervals."""
+    keys = list(dict.fromkeys(tuple(r[k] for k in by) for r in rows))
+    lines = [" | ".join([*by, *columns, "seeds"]), " | ".join(["---"] * (len(by) + len(columns) + 1))]
+    for k in keys:
+        own = [r for r in rows if tuple(r[c] for c in by) == k]
+        cells = []
+        for column in columns:
+            values = [r[column] for r in own if r.get(column) is not None]
+            cells.append("" if not values else show(values))
+        lines.append(" | ".join([*map(str, k), *cells, str(len({r["seed"] for r in own}))]))
+    return "\n".join(lines)
+
+
+def show(values: Sequence[float]) -> str:
+    """A mean, with its 95 % interval over seeds where there are several."""
+    found = over_seeds(values)
+    mean = sum(values) / len(values)
+    digits = 3 if abs(mean) < 10 else 0
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {(found.high - found.low) / 2:.{digits}f}"
