@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightspace.errors import WeightspaceError, ZooError
+from weightspace.errors import MetanetError, WeightspaceError, ZooError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,6 +143,51 @@ def zoo_build(
 
 
 @app.command()
+def train(
+    source: Annotated[str, typer.Argument(help="A folder of networks, or a recipe (built where it is not yet).")],
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="accuracy, loss, generalisation-gap, ranking, embedding or a field.")
+    ] = "accuracy",
+    metanet: Annotated[str, typer.Option("--metanet", "-m", help="Kind of metanet.")] = "operator",
+    option: Annotated[list[str] | None, typer.Option(help="Option of the metanet, such as width=32.")] = None,
+    augment: Annotated[list[str] | None, typer.Option(help="Augmentation, such as noise=0.1.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="Only networks whose record has this: final=true.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder (default: runs/<name>).")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Networks in a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
+    patience: Annotated[int, typer.Option(help="Epochs without progress before it stops (0: never).")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
+    split_by: Annotated[str, typer.Option(help="What stays together: lineage, group (runs) or a field.")] = "lineage",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is in the folder, do not resume.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a metanet on a population and print what it is worth on held-out runs.
+
+    Saved in runs/<name>; an interrupted training goes on when the same command is given again.
+    """
+    from weightspace.metanets.commands import train_on
+
+    rows, trained, folder = train_on(
+        source, task, metanet={"kind": metanet, **_settings(option)}, augmentation=_settings(augment),
+        where=_settings(where), out=out, seed=seed, split_by=split_by, fresh=fresh, progress=_to_stderr(),
+        plan={
+            "epochs": epochs, "batch": batch, "learning_rate": learning_rate, "patience": patience, "device": device,
+        },
+    )  # fmt: skip
+    if as_json:
+        figures = {row.name: {k: asdict(v) for k, v in row.figures.items()} for row in rows}
+        _print_json({"folder": str(folder), "figures": figures, "history": trained.history})
+        return
+    console = _console()
+    console.print(f"{trained!r} in {folder}", highlight=False, markup=False)
+    columns = ("", *rows[0].figures)
+    cells = [(row.name, *(str(row.figures.get(name, "")) for name in columns[1:])) for row in rows]
+    console.print(_table(f"{task} of held-out networks, with 95 % intervals", columns, cells))
+
+
+@app.command()
 def demo(
     folder: Annotated[Path | None, typer.Argument(help="Folder for the starter zoo (default: temporary).")] = None,
     jobs: Jobs = None,
@@ -205,6 +250,34 @@ def _open_all(file: str) -> Iterator[tuple[Any, str]]:
         yield checkpoint.open(Path(path), member=member), f"{Path(path).name}!{member}"
     else:
         yield from models_in(Path(path), Path(path).name)
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    """``["width=32", "activation=relu"]`` as names and values, which are JSON where they can be."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise MetanetError(f"{pair!r} is no setting; write it as name=value")
+        try:
+            found[name.strip()] = json.loads(text)
+        except ValueError:
+            found[name.strip()] = text
+    return found
+
+
+def _to_stderr() -> bool:
+    """Whether there is a terminal for bars; where there is none, the library's log goes to standard error."""
+    import logging
+
+    if sys.stderr.isatty():
+        return True
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("weightspace")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    return False
 
 
 def _console() -> Console:
