@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def mlp(widths: Sequence[int], seed: int, gain: float = 1.0) -> dict[str, Tensor
     """Random weights under the names that the recipes' MLPs have."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for number, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (inner, outer) in enumerate(pairwise(widths)):
         name = "output" if number == len(widths) - 2 else f"hidden.{number}"
         tensors[f"{name}.weight"] = gain * torch.randn(outer, inner, generator=generator) / inner**0.5
         tensors[f"{name}.bias"] = 0.1 * torch.randn(outer, generator=generator)

@@ -59,7 +59,7 @@ def test_classes_are_those_of_the_training_set(samples: Loaded) -> None:
     assert float(task.loss(outputs, truth)) == pytest.approx(0.0, abs=1e-6)
     assert task.measures(outputs, truth) == {"accuracy": 1.0}
     assert torch.allclose(task.read(outputs).sum(1), torch.ones(len(samples)))
-    with pytest.raises(MetanetError, match="hyper.size = 'huge', which no network of the training set has"):
+    with pytest.raises(MetanetError, match=r"hyper\.size = 'huge', which no network of the training set has"):
         task.targets(_with(samples, hyper={"size": "huge"}))
     numbers = make_task("classification", "label", samples)
     assert numbers.classes == (0, 1, 2)

@@ -145,7 +145,9 @@ def _interrupted_after(steps: int, monkeypatch: pytest.MonkeyPatch, error: type[
 def test_resuming_gives_what_an_uninterrupted_training_gives(
     parts: tuple[list[Sample], ...], tmp_path: Path, augmentation: Augmentation
 ) -> None:
-    plan = replace(PLAN, metanet={"kind": "blocks", "dropout": 0.1}, epochs=5, patience=4, augmentation=augmentation)
+    plan = replace(
+        PLAN, metanet={"kind": "blocks", "dropout": 0.1}, epochs=5, patience=4, average=0.9, augmentation=augmentation
+    )
     whole = fit(plan, parts[0], parts[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "SAVE_EVERY", 0.0)
@@ -199,6 +201,19 @@ def test_early_stopping(parts: tuple[list[Sample], ...]) -> None:
     assert len(trained.history) < 300
     losses = [row["validation_loss"] for row in trained.history]
     assert losses.index(min(losses)) == len(losses) - 4
+
+
+def test_what_is_kept_is_the_average_where_the_plan_wants_it(parts: tuple[list[Sample], ...]) -> None:
+    plan = replace(PLAN, epochs=30, learning_rate=0.03)
+    plain, averaged = fit(plan, parts[0]), fit(replace(plan, average=0.95), parts[0])
+    # The way of the weights is the same, only what is kept differs.
+    assert [r["train_loss"] for r in plain.history] == [r["train_loss"] for r in averaged.history]
+    assert not _equal(plain, averaged)
+    validated = fit(replace(plan, average=0.95), parts[0], parts[1])
+    best = min(row["validation_loss"] for row in validated.history)
+    reached = validated.task.loss(validated.outputs(parts[1]), validated.task.targets(parts[1]))
+    assert float(reached) == pytest.approx(best, abs=1e-6)
+    assert [r["train_loss"] for r in plain.history] == [r["train_loss"] for r in validated.history]
 
 
 def test_a_training_that_diverges_says_so(parts: tuple[list[Sample], ...]) -> None:

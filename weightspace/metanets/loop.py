@@ -132,6 +132,9 @@ class Loop(lightning.LightningModule):
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self.best_loss = math.inf
+        # Running averages of the parameters, in their order, where the plan wants them; and them while it is used.
+        self.average: list[Tensor] = []
+        self._own: list[Tensor] = []
         self.advance: Callable[[str], None] | None = None
         self._losses: list[Tensor] = []
         self._validation: dict[str, float] = {}
@@ -152,6 +155,16 @@ class Loop(lightning.LightningModule):
         if self.advance is not None:
             self.advance(_line(self.history[-1]) if self.history else "")
         return loss
+
+    def on_train_batch_end(self, outputs: Any, example: Example, number: int) -> None:
+        if self.plan.average:
+            now = [p.detach() for p in self.metanet.parameters()]
+            if not self.average:
+                self.average = [p.clone() for p in now]
+            self.average = [a.to(p.device) for a, p in zip(self.average, now, strict=True)]
+            # Young averages forget faster, so that the first weights do not weigh on them.
+            decay = min(self.plan.average, (1 + self.global_step) / (10 + self.global_step))
+            torch._foreach_lerp_(self.average, now, 1 - decay)
 
     def on_train_epoch_end(self) -> None:
         loss = float(torch.stack(self._losses).mean())
@@ -176,6 +189,7 @@ class Loop(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._found = []
+        self.use_average()
 
     def validation_step(self, example: Example, number: int) -> None:
         self._found.append((self.metanet(example[0]), example[1]))
@@ -199,6 +213,19 @@ class Loop(lightning.LightningModule):
         if loss < self.best_loss:
             self.best_loss = loss
             self.best = {k: v.detach().cpu().clone() for k, v in self.metanet.state_dict().items()}
+        self.use_own()
+
+    def use_average(self) -> None:
+        """Put the averages of the parameters in their place, where there are any."""
+        if self.average:
+            self._own = [p.detach().clone() for p in self.metanet.parameters()]
+            _put(self.metanet, self.average)
+
+    def use_own(self) -> None:
+        """Put the parameters back that ``use_average`` replaced."""
+        if self._own:
+            _put(self.metanet, self._own)
+            self._own = []
 
     # ---------------------------------------------------------------- optimiser
 
@@ -225,10 +252,12 @@ class Loop(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[_SAVED] = {"history": self.history, "best": self.best, "best_loss": self.best_loss}
+        checkpoint[_SAVED]["average"] = [a.cpu() for a in self.average]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint[_SAVED]
         self.history, self.best, self.best_loss = saved["history"], saved["best"], saved["best_loss"]
+        self.average = saved["average"]
 
 
 def run(
@@ -253,6 +282,8 @@ def run(
             train.epoch = lambda: loop.current_epoch
             try:
                 trainer.fit(loop, train, validation, ckpt_path=checkpoint, weights_only=True)
+                if not loop.best:
+                    loop.use_average()
             except SystemExit as stop:
                 # What lightning makes of Ctrl-C.
                 raise KeyboardInterrupt from stop
@@ -281,6 +312,12 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
         if main and handler is not None:
             signal.signal(signal.SIGINT, handler)
+
+
+def _put(metanet: Metanet, values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(metanet.parameters(), values, strict=True):
+            parameter.copy_(value)
 
 
 def _line(row: dict[str, float]) -> str:
