@@ -71,7 +71,8 @@ class _Layer(nn.Module):
         self.gather = DegreeScalerAggregation(_AGGREGATORS, _SCALERS, usual)
         self.out = mlp(hidden * (1 + len(_AGGREGATORS) * len(_SCALERS)), hidden, hidden, dropout)
         self.edge = EdgeHidden(hidden, hidden, hidden) if update_edges else None
-        self.edge_out = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
+        update = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
+        self.edge_out = update if update_edges else None
 
     def forward(self, nodes: Tensor, edges: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         src, dst = batch.edge_index
@@ -83,6 +84,6 @@ class _Layer(nn.Module):
         against = (to_src[src] + of_dst[dst]) * (1 + gain_back) + shift_back
         come = self.gather(torch.cat((along, against)), torch.cat((dst, src)), dim_size=batch.num_nodes)
         nodes = nodes + self.out(torch.cat((v, come), dim=1))
-        if self.edge is not None:
+        if self.edge is not None and self.edge_out is not None:
             edges = edges + self.edge_out(self.edge(nodes, edges, batch.edge_index))
         return nodes, edges

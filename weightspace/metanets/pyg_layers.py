@@ -47,7 +47,7 @@ class ReferenceMetanet(Metanet):
 class RunningScale(nn.Module):
     """Divides weights by what is usual for tensors of their role: ``(n, P), (n,) roles -> (n, P)``.
 
-    While training, the median over the rows of a batch of their root mean square is followed as a running
+    While training, the median over the rows of a batch of their largest magnitude is followed as a running
     average; a factor per role changes no symmetry. Before anything was seen the factor is 1.
     """
 
