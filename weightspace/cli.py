@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from weightspace.card import Card
     from weightspace.zoo import IndexReport, Neighbour, Zoo
+    from weightspace.zoo.populations import Built
 
 app = typer.Typer(
     name="weightspace",
@@ -127,18 +128,35 @@ def graph(
 @zoo_app.command("build")
 def zoo_build(
     recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of one that comes along.")],
+    full: Annotated[bool, typer.Option("--full", help="The recipe's size for a GPU.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder (default: models/<recipe>).")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of the data sets' files (default: $WEIGHTSPACE_DATA, ./data).")
+    ] = None,
     jobs: Jobs = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train the networks of RECIPE and index them; networks that are already there are kept."""
+    """Train the networks of RECIPE and index them; networks that are already there are kept.
+
+    A build that was stopped goes on where it was. Diverged networks are kept, and counted in the report.
+    """
     from weightspace.zoo import Zoo
     from weightspace.zoo.recipe import load
-    from weightspace.zoo.train import build_zoo
 
-    loaded = load(recipe)
-    folder = out or Path("models") / loaded.name
-    files = build_zoo(loaded, folder, progress=sys.stderr.isatty())
-    _console().print(f"{len(files)} networks in {folder}")
+    loaded = load(recipe, full)
+    folder = out or Path("models") / (f"{loaded.name}-full" if full else loaded.name)
+    if loaded.sampled:
+        from weightspace.zoo.populations import build_sampled
+
+        workers = 1 if device != "cpu" else jobs or os.cpu_count() or 1
+        _show_built(
+            build_sampled(loaded, folder, jobs=workers, device=device, data=data, progress=sys.stderr.isatty()), folder
+        )
+    else:
+        from weightspace.zoo.train import build_zoo
+
+        files = build_zoo(loaded, folder, progress=sys.stderr.isatty(), data=data)
+        _console().print(f"{len(files)} networks in {folder}")
     _show_report(Zoo(folder).index(jobs=jobs, progress=sys.stderr.isatty()))
 
 
@@ -303,6 +321,21 @@ def _show_report(report: IndexReport) -> None:
     console.print(f"index: {escape(str(report.index))}")
     if report.failures:
         console.print(_table("could not be read", ("file", "reason"), report.failures))
+
+
+def _show_built(built: Built, folder: Path) -> None:
+    console = _console()
+    console.print(
+        f"{len(built.files)} networks in {folder}; {built.trained} trained in {built.seconds:.0f} s "
+        f"({built.rate:.2f} a second), {built.diverged} diverged, {len(built.failures)} runs failed"
+    )
+    rows = [
+        (name, str(number), " to ".join(f"{x:.4f}" for x in built.scores[name]) if name in built.scores else "")
+        for name, number in built.counts.items()
+    ]
+    console.print(_table("populations", ("population", "networks", "test accuracy (siren: loss)"), rows))
+    if built.failures:
+        console.print(_table("could not be trained", ("run", "reason"), built.failures))
 
 
 def _show_neighbours(query: str, neighbours: list[Neighbour]) -> None:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from weightspace.errors import ZooError
-from weightspace.zoo import train
+from weightspace.zoo.data import load_data
+from weightspace.zoo.files import read_record
 from weightspace.zoo.networks import Cnn, Mlp, build, from_shapes
 from weightspace.zoo.recipe import parse
-from weightspace.zoo.train import build_zoo, load_data
+from weightspace.zoo.train import build_zoo
 
 
 def _recipe(**changes: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def test_each_network_carries_its_record(built: Path) -> None:
     assert files == [
         f"{name}.safetensors" for name in ("base-0", "base-1", "child-0", "copy-0", "plain-0", "shuffled-0")
     ]
-    record = train._record(built / "child-0.safetensors")
+    record = read_record(built / "child-0.safetensors")
     assert record["parent"] == "base-0.safetensors"
     assert record["task"] == "digits 0,1,2"
     assert record["relation"] == "fine-tuned"
@@ -94,7 +95,7 @@ def test_a_diverged_network_is_kept_and_said_to_be(tmp_path: Path) -> None:
     table = _recipe()
     table["population"] = [{**table["population"][3], "learning_rate": 1e30, "epochs": 2}]
     (path,) = build_zoo(parse(table), tmp_path, progress=False)
-    record = train._record(path)
+    record = read_record(path)
     assert record["diverged"] is True
     assert record["train_loss"] is None
 

@@ -45,7 +45,9 @@ class Skeleton:
     ``rename`` maps a key of the module's state dict to the checkpoint's name where they differ;
     ``unused`` names checkpoint tensors that take no part in the function (counters, optimiser state).
     ``guess`` says why the true network may be wired otherwise (empty: it cannot); the wiring is then
-    marked ``unverified`` however well the skeleton runs.
+    marked ``unverified`` however well the skeleton runs. ``key`` may name everything that decides the module and its
+    inputs besides names, shapes and dtypes of the checkpoint: files with one key then share one proof (see
+    ``weightspace.wiring.entry``). A family that sets it promises that equal keys give equal programs.
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class Skeleton:
     rename: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     guess: str = ""
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,17 @@ def signature_of(checkpoint: Checkpoint) -> Signature:
 
 
 def recognise(signature: Signature) -> Recognition:
-    """The first family whose skeleton accounts for every tensor of a checkpoint."""
+    """The first family whose skeleton accounts for every tensor of a checkpoint.
+
+    A family that raises ``WiringError`` declines for the reason that the error gives.
+    """
     declined: list[str] = []
     for family in families():
-        skeleton = family.build(signature)
+        try:
+            skeleton = family.build(signature)
+        except WiringError as error:
+            declined.append(f"{family.name}: {error}")
+            continue
         if skeleton is None:
             continue
         reason = mismatch(skeleton, signature)

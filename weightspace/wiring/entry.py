@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from weightspace.wiring.wiring import DimGroup, Wiring
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
+    from weightspace.wiring.catalogue import Signature, Skeleton
 
 
 def wiring(x: Any, *args: Any, prove: bool = True, seed: int = 0, **kwargs: Any) -> Wiring:
@@ -91,12 +94,15 @@ def from_checkpoint(checkpoint: Checkpoint, *, prove: bool = True, seed: int = 0
             tried.append(str(error))
     from weightspace.wiring.catalogue import program_from_skeleton, recognise, signature_of
 
-    recognition = recognise(signature_of(checkpoint))
+    signature = signature_of(checkpoint)
+    recognition = recognise(signature)
     tried += recognition.declined
     if recognition.family is not None and recognition.skeleton is not None:
         skeleton = recognition.skeleton
         program = program_from_skeleton(recognition.family.name, skeleton, checkpoint)
-        found = covering(from_program(program, prove=prove, seed=seed), checkpoint)
+        key = shared_key(recognition.family.path, skeleton, signature) if prove else None
+        found = _proved_once(key, program, seed) if key else from_program(program, prove=prove, seed=seed)
+        found = covering(found, checkpoint)
         if skeleton.guess and found.status == "proved":
             found = found.with_(status="unverified", notes=(*found.notes, f"a guess: {skeleton.guess}"))
         return found
@@ -111,6 +117,45 @@ def from_checkpoint(checkpoint: Checkpoint, *, prove: bool = True, seed: int = 0
         f"no family of the catalogue accounts for these {len(checkpoint)} tensors{where}, and they do not line up as a "
         f"chain.{known} Pass the module with example inputs, ws.wiring(module, x), or add a family to graphs/"
     )
+
+
+_PROVED: OrderedDict[str, Wiring] = OrderedDict()
+# Wirings kept, without their programs and so without tensors.
+_KEPT = 1024
+
+
+def shared_key(family: Path, skeleton: Skeleton, signature: Signature) -> str | None:
+    """What decides the program of a catalogue skeleton entirely, or None where its family does not say.
+
+    The family's file, the family's own ``key``, names in their order, shapes and dtypes, and how names are mapped. A
+    program is the skeleton's module run on its inputs; with all these equal it is the same function of its tensors.
+    """
+    if skeleton.key is None:
+        return None
+    tensors = [(n, tuple(shape), str(signature.dtypes.get(n))) for n, shape in signature.shapes.items()]
+    facts = (str(family), skeleton.name, skeleton.key, tensors, sorted(skeleton.rename.items()), skeleton.unused)
+    return repr(facts)
+
+
+def _proved_once(key: str, program: Program, seed: int) -> Wiring:
+    """The wiring of a program, found and proved for the first file with a key and reused for the others.
+
+    Sound because a wiring speaks of the program, not of its weights: the trace reads operations and shapes, and the
+    proof runs on weights drawn away from the file's own to generic ones, where a change of axes that is no symmetry
+    shows itself. What held for them holds for every file of the same program. Only a proof without reservation is
+    shared: axes that were pinned because of some weights, or that those weights hid from the run, are looked at file by
+    file. The result carries this file's own program, so that ``wiring.verify()`` runs on its weights.
+    """
+    known = _PROVED.get(key)
+    if known is not None and known.proof is not None:
+        _PROVED.move_to_end(key)
+        return known.with_(program=program, proof=replace(known.proof, on="a network of the same program"))
+    found = from_program(program, prove=True, seed=seed)
+    if found.proved and found.proof is not None and not found.proof.demoted and not found.proof.vacuous:
+        _PROVED[key] = found.with_(program=None)
+        if len(_PROVED) > _KEPT:
+            _PROVED.popitem(last=False)
+    return found
 
 
 def covering(found: Wiring, checkpoint: Checkpoint) -> Wiring:

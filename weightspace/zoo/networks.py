@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightspace.errors import ZooError
+from weightspace.zoo.description import module_of
 
 
 class Mlp(nn.Module):
@@ -103,3 +104,5 @@ ARCHITECTURES: Mapping[str, Callable[[int, tuple[int, int, int], int], nn.Module
     "cnn": _cnn,
 }
 """Name in a recipe -> builder from (width, image shape, classes)."""
+
+__all__ = ["ARCHITECTURES", "Cnn", "Mlp", "build", "from_shapes", "module_of"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from weightspace.errors import ZooError
 from weightspace.paths import data_dir
+from weightspace.zoo.data import DataSpec
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,52 @@ class Population:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Training runs whose networks and hyper-parameters are drawn, each kept at several epochs.
+
+    ``network`` and ``hyper`` hold values or draws (see ``weightspace.zoo.sampling``); ``networks`` is the number of
+    different networks drawn (0: one for each run). With a ``parent`` the runs start from that population's last
+    checkpoints and are trained on ``classes`` of their parent's labels (0: all of them). ``part`` says which images
+    coordinate networks are fitted to, "train" or "test". ``checkpoints`` are epochs, 0 before any training.
+    """
+
+    name: str
+    runs: int
+    data: DataSpec
+    epochs: int = 10
+    batch: int = 64
+    checkpoints: tuple[int, ...] = ()
+    network: Mapping[str, Any] = field(default_factory=dict)
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    networks: int = 0
+    parent: str = ""
+    classes: int = 0
+    part: str = "train"
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A named set of populations on one data set, parents before their children."""
+    """A named set of populations, parents before their children.
+
+    All are ``Population`` (networks that differ in their seed) or all ``Sampled``. ``data`` names the data set.
+    """
 
     name: str
     data: str
-    populations: tuple[Population, ...]
+    populations: tuple[Population, ...] = ()
+    sampled: tuple[Sampled, ...] = ()
 
 
-def load(recipe: str | os.PathLike[str]) -> Recipe:
+HYPER = (
+    "learning_rate", "weight_decay", "dropout", "train_fraction", "optimiser", "initialiser", "init_std",
+)  # fmt: skip
+"""Entries of a ``hyper`` table."""
+
+
+def load(recipe: str | os.PathLike[str], full: bool = False) -> Recipe:
     """Read a recipe: the path of a TOML file, or the name of one that comes with weightspace ("starter").
 
+    ``full`` takes the size for a GPU, which the recipe's ``[full]`` table tells.
     Raises ``ZooError`` naming the first thing in it that makes no sense.
     """
     path = Path(recipe)
@@ -59,18 +95,24 @@ def load(recipe: str | os.PathLike[str]) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ZooError(f"the recipe {path} is not TOML: {error}") from error
-    return parse(table, str(path))
+    return parse(table, str(path), full)
 
 
-def parse(table: Mapping[str, Any], source: str = "recipe") -> Recipe:
+def parse(table: Mapping[str, Any], source: str = "recipe", full: bool = False) -> Recipe:
     """A recipe from the values of its TOML file; ``source`` names it in errors."""
-    unknown = set(table) - {"name", "data", "defaults", "population"}
+    unknown = set(table) - {"name", "data", "defaults", "population", "full"}
     if unknown:
         raise ZooError(
-            f"{source}: unknown entries {sorted(unknown)}; expected name, data, defaults, population"
+            f"{source}: unknown entries {sorted(unknown)}; expected name, data, defaults, population, full"
         )
-    if not isinstance(table.get("name"), str) or not isinstance(table.get("data"), str):
+    if not isinstance(table.get("name"), str) or not isinstance(table.get("data"), str | Mapping):
         raise ZooError(f"{source}: a recipe needs the text entries name and data")
+    if any("runs" in entry for entry in (table.get("defaults", {}), *table.get("population", ()))):
+        return _sampled_recipe(_enlarged(table, source) if full else table, source)
+    if full:
+        raise ZooError(f"{source}: the recipe has one size only, so there is no full one")
+    if not isinstance(table["data"], str):
+        raise ZooError(f"{source}: data is a name in a recipe of seeds")
     seen: dict[str, Population] = {}
     for entry in table.get("population", ()):
         population = _population({**table.get("defaults", {}), **entry}, source)
@@ -124,3 +166,93 @@ def _population(entry: Mapping[str, Any], source: str) -> Population:
     if not population.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ZooError(f"{source}: population {label!r}: a name is letters, digits, '-', '_' and '.'")
     return population
+
+
+# ------------------------------------------------------------------------------------ sampled recipes
+
+
+def _enlarged(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The recipe with its ``[full]`` table laid over it, population by population."""
+    larger = table.get("full")
+    if not isinstance(larger, Mapping) or set(larger) - {"data", "defaults", "population"}:
+        raise ZooError(f"{source}: the full size needs a table [full] with data, defaults or population.<name>")
+    entries = {entry.get("name"): entry for entry in table["population"]}
+    changes = larger.get("population", {})
+    strange = sorted(set(changes) - set(entries))
+    if strange:
+        raise ZooError(f"{source}: [full] speaks of the populations {strange}, which the recipe does not have")
+    populations = [
+        _over(_over(entry, larger.get("defaults", {})), changes.get(name, {})) for name, entry in entries.items()
+    ]
+    data = _over(_as_table(table["data"]), _as_table(larger.get("data", {})))
+    return {**table, "data": data, "population": populations}
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``; the tables network, hyper and data entry by entry."""
+    merged = {**below, **above}
+    for key in ("network", "hyper", "data"):
+        if isinstance(below.get(key), Mapping) and isinstance(above.get(key), Mapping):
+            merged[key] = {**below[key], **above[key]}
+    return merged
+
+
+def _as_table(data: Any) -> dict[str, Any]:
+    return {"name": data} if isinstance(data, str) else dict(data)
+
+
+def _sampled_recipe(table: Mapping[str, Any], source: str) -> Recipe:
+    seen: dict[str, Sampled] = {}
+    for entry in table["population"]:
+        merged = _over(table.get("defaults", {}), entry)
+        merged["data"] = {**_as_table(table["data"]), **_as_table(entry["data"])} if "data" in entry else table["data"]
+        population = _sampled(merged, source)
+        if population.name in seen:
+            raise ZooError(f"{source}: two populations are named {population.name!r}")
+        if population.parent and population.parent not in seen:
+            raise ZooError(f"{source}: the parent {population.parent!r} of {population.name!r} comes not before it")
+        seen[population.name] = population
+    return Recipe(table["name"], str(_as_table(table["data"]).get("name")), sampled=tuple(seen.values()))
+
+
+def _sampled(entry: Mapping[str, Any], source: str) -> Sampled:
+    label = f"{source}: population {entry.get('name', 'without a name')!r}"
+    known = {f.name: str(f.type).partition("[")[0] for f in fields(Sampled)}
+    unknown = sorted(set(entry) - set(known))
+    if unknown or "name" not in entry or "runs" not in entry:
+        missing = sorted({"name", "runs"} - set(entry))
+        raise ZooError(f"{label}: unknown entries {unknown}, missing {missing}; known: {sorted(known)}")
+    values = {**entry, "data": _data_spec(entry["data"], label)}
+    values["checkpoints"] = tuple(values.get("checkpoints") or (values.get("epochs", 10),))
+    types = {"int": int, "str": str, "tuple": tuple, "Mapping": Mapping, "DataSpec": DataSpec}
+    for key, value in values.items():
+        if not isinstance(value, types[known[key]]) or isinstance(value, bool):
+            raise ZooError(f"{label}: {key} is {value!r}, expected {known[key]}")
+    found = Sampled(**values)
+    plain = found.name.replace("-", "").replace("_", "").replace(".", "")
+    checks = {
+        "runs, epochs and batch are at least 1": min(found.runs, found.epochs, found.batch) >= 1,
+        "classes and networks are at least 0": min(found.classes, found.networks) >= 0,
+        "checkpoints are rising epochs, up to the last": all(isinstance(c, int) for c in found.checkpoints)
+        and list(found.checkpoints) == sorted(set(found.checkpoints))
+        and found.checkpoints[0] >= 0
+        and found.checkpoints[-1] == found.epochs,
+        "a population has either a network or a parent": bool(found.parent) != bool(found.network),
+        "a network has a kind": bool(found.parent) or isinstance(found.network.get("kind"), str),
+        "part is train or test": found.part in ("train", "test"),
+        f"hyper has entries of {', '.join(HYPER)}": set(found.hyper) <= set(HYPER),
+        "a name is letters, digits, '-', '_' and '.'": plain.isalnum(),
+    }
+    for rule, holds in checks.items():
+        if not holds:
+            raise ZooError(f"{label}: {rule}")
+    return found
+
+
+def _data_spec(data: Any, label: str) -> DataSpec:
+    values = _as_table(data)
+    known = {f.name: str(f.type) for f in fields(DataSpec)}
+    wrong = [k for k, v in values.items() if type(v).__name__ != known.get(k)]
+    if wrong or "name" not in values:
+        raise ZooError(f"{label}: data has wrong entries {wrong}; expected a name, or a table of {known}")
+    return DataSpec(**values)

@@ -1,4 +1,7 @@
-"""Training the populations of a recipe, one safetensors file per network with its record inside."""
+"""Training a recipe, one safetensors file per network with its record inside.
+
+Recipes of seeds are trained here, network by network; those of drawn runs in ``weightspace.zoo.populations``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weightspace.card import RECORD_KEY
-from weightspace.errors import ZooError
+from weightspace.zoo.data import Data, load_data
+from weightspace.zoo.files import read_record, save_network
 from weightspace.zoo.networks import build, from_shapes
 from weightspace.zoo.recipe import Population, Recipe, load
 
 
-@dataclass(frozen=True)
-class Data:
-    """Images (n, channels, side, side) in [0, 1], float32, and labels (n,), int64; train and test."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return int(self.train_y.max()) + 1
-
-    def only(self, classes: tuple[int, ...]) -> Data:
-        """The part with these labels; everything when ``classes`` is empty. Labels keep their numbers."""
-        if not classes:
-            return self
-        chosen = torch.tensor(classes)
-        train, test = torch.isin(self.train_y, chosen), torch.isin(self.test_y, chosen)
-        return Data(self.train_x[train], self.train_y[train], self.test_x[test], self.test_y[test])
-
-
 def build_zoo(
-    recipe: str | os.PathLike[str] | Recipe, out: str | os.PathLike[str], progress: bool = True
+    recipe: str | os.PathLike[str] | Recipe,
+    out: str | os.PathLike[str],
+    progress: bool = True,
+    *,
+    jobs: int = 1,
+    device: str = "cpu",
+    data: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Train every network of a recipe into the folder ``out``; those already there are kept.
+
+    ``jobs`` worker processes and the ``device`` serve recipes of drawn runs (``weightspace.zoo.populations``), whose
+    files are ``<population>-<run>-e<epoch>.safetensors``; the networks of other recipes are small and trained one after
+    the other on the CPU. ``data`` is the folder with the files of data sets.
 
     Each network is a safetensors file ``<population>-<seed>.safetensors`` whose metadata holds its record
     (recipe, seed, hyper-parameters, train and test accuracy and loss, parent, seconds) as JSON under
@@ -58,7 +48,12 @@ def build_zoo(
     from weightspace.zoo.progress import bar
 
     chosen = recipe if isinstance(recipe, Recipe) else load(recipe)
-    data = load_data(chosen.data)
+    if chosen.sampled:
+        from weightspace.zoo.populations import build_sampled
+
+        built = build_sampled(chosen, out, jobs=jobs, device=device, data=data, progress=progress)
+        return list(built.files)
+    loaded = load_data(chosen.data, data)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     populations = {population.name: population for population in chosen.populations}
@@ -71,26 +66,12 @@ def build_zoo(
             plan = _plan(chosen, population, seed)
             parent = _path(folder, population.parent, seed) if population.parent else None
             # A child of a parent that was trained anew is made anew too.
-            if parent in made or _record(path).get("plan") != plan:
-                _make(population, seed, plan, data, path, parent, populations)
+            if parent in made or read_record(path).get("plan") != plan:
+                _make(population, seed, plan, loaded, path, parent, populations)
                 made.add(path)
             files.append(path)
             advance(path.name)
     return files
-
-
-def load_data(name: str) -> Data:
-    """A data set by name. ``digits``: scikit-learn's 1,797 images of 8 × 8, every fifth for testing
-    (the same writers on both sides)."""
-    if name != "digits":
-        raise ZooError(f"the recipe asks for the data {name!r}; there is: digits")
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    x = torch.from_numpy(bunch.images).to(torch.float32).div_(16).unsqueeze(1)
-    y = torch.from_numpy(bunch.target).to(torch.int64)
-    test = torch.arange(len(y)) % 5 == 4
-    return Data(x[~test], y[~test], x[test], y[test])
 
 
 def evaluate(module: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -164,7 +145,7 @@ def _make(
         "seconds": round(time.perf_counter() - started, 3),
         "plan": plan,
     }
-    _save(tensors, record, path)
+    save_network(tensors, record, path)
 
 
 def _permute(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -187,38 +168,6 @@ def _permute(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     wiring = find_wiring(program)
     moved = wiring.apply(wiring.random(seed), floating)
     return {**state, **moved}
-
-
-def _save(tensors: dict[str, Tensor], record: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = save(
-        {name: value.contiguous() for name, value in tensors.items()},
-        metadata={"format": "pt", RECORD_KEY: json.dumps(record)},
-    )
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """The record inside a network's file; empty when there is no such file, or no record in it."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as stored:
-            record = json.loads((stored.metadata() or {}).get(RECORD_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _plan(recipe: Recipe, population: Population, seed: int) -> dict[str, Any]:
