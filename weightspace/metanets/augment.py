@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from weightspace.graph import ParameterGraph
 
 if TYPE_CHECKING:
     from weightspace.metanets.matching import Matcher
-    from weightspace.wiring.scaling import Scaling
     from weightspace.wiring.wiring import Wiring
 
 Tensors = dict[str, torch.Tensor]
@@ -32,8 +31,13 @@ def permute(graph: ParameterGraph, generator: torch.Generator) -> ParameterGraph
 
 
 def rescale(graph: ParameterGraph, generator: torch.Generator) -> ParameterGraph:
-    """Random positive rescalings and sign flips where the activations allow them: the same function."""
-    scaling = _scaling(_wiring(graph))
+    """Random positive rescalings and sign flips where the activations allow them: the same function.
+
+    Raises ``UnprovedWiringError`` where the wiring is not proved.
+    """
+    from weightspace.wiring.scaling import scaling as find
+
+    scaling = find(_wiring(graph))
     return replace(graph, tensors=scaling.apply(scaling.random(_number(generator)), _tensors(graph)))
 
 
@@ -109,7 +113,6 @@ class Augmentation:
     probability: float = 1.0
     mixup: float = 0.0
     aligned: bool = True
-    _matchers: dict[int, Matcher] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("permute", "rescale", "mask", "prune", "probability"):
@@ -148,7 +151,7 @@ class Augmentation:
         Gives the mixed networks, the number of each one's partner, and the share of the network itself
         (at least a half); a network that is alone on its wiring stays as it is.
         """
-        from weightspace.metanets.matching import Matcher
+        from weightspace.metanets.matching import matcher_of
 
         kinds: dict[int, list[int]] = {}
         for number, graph in enumerate(graphs):
@@ -163,23 +166,19 @@ class Augmentation:
             if partner == number:
                 out.append(graph)
             else:
-                wiring = _wiring(graph)
-                matcher = self._matchers.get(id(wiring)) if self.aligned else None
-                if self.aligned and matcher is None:
-                    matcher = self._matchers[id(wiring)] = Matcher(wiring)
-                out.append(mix(graph, graphs[partner], share, matcher))
+                out.append(mix(graph, graphs[partner], share, matcher_of(_wiring(graph)) if self.aligned else None))
             partners.append(partner)
             shares.append(share)
         return out, partners, shares
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON can hold them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_matchers"}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Augmentation:
         """What ``to_dict`` gave. Raises ``MetanetError`` for an option that does not exist."""
-        known = {f.name for f in fields(cls)} - {"_matchers"}
+        known = {f.name for f in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
             raise MetanetError(f"augmentation has no option {unknown[0]!r}; known: {', '.join(sorted(known))}")
@@ -201,21 +200,6 @@ def _number(generator: torch.Generator) -> int:
 
 
 def _variances(graph: ParameterGraph) -> frozenset[str]:
-    roles: Mapping[str, str] = getattr(graph.wiring, "roles", {})
+    roles = graph.wiring.roles if graph.wiring is not None else {}
     return frozenset(name for name, role in roles.items() if role == "variance")
 
-
-_SCALINGS: dict[int, tuple[Wiring, Scaling]] = {}
-_MOST_SCALINGS = 256
-
-
-def _scaling(wiring: Wiring) -> Scaling:
-    """The scale symmetries of a wiring, found once: the wiring is kept, so its id stays its own."""
-    known = _SCALINGS.get(id(wiring))
-    if known is None:
-        from weightspace.wiring.scaling import scaling
-
-        if len(_SCALINGS) >= _MOST_SCALINGS:
-            _SCALINGS.pop(next(iter(_SCALINGS)))
-        known = _SCALINGS[id(wiring)] = (wiring, scaling(wiring))
-    return known[1]

@@ -94,6 +94,14 @@ class Matcher:
         return found, now
 
 
+def matcher_of(wiring: Wiring) -> Matcher:
+    """The matcher of a wiring, kept on it."""
+    known = wiring.kept.get("matcher")
+    if not isinstance(known, Matcher):
+        wiring.kept["matcher"] = known = Matcher(wiring)
+    return known
+
+
 def _rms(x: torch.Tensor) -> float:
     return float(x.double().square().mean().sqrt()) if x.numel() else 1.0
 
