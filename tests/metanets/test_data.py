@@ -138,6 +138,11 @@ def test_a_split_divides_no_group_and_is_about_right(one: Sample, sizes: list[in
     assert [{s.name for s in p} for p in again] == [{s.name for s in p} for p in parts]
 
 
+def test_every_part_gets_a_group_where_there_are_enough(one: Sample) -> None:
+    for seed in range(5):
+        assert [len(p) for p in split(_samples(one, [0, 0, 1, 1, 2, 2]), (0.7, 0.1, 0.2), seed)] == [2, 2, 2]
+
+
 def test_seeds_split_differently(one: Sample) -> None:
     samples = _samples(one, range(40))
     names = [{s.name for s in split(samples, (0.5, 0.5), seed)[0]} for seed in range(3)]

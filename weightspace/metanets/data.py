@@ -120,10 +120,10 @@ def split(
 
     ``by`` says what stays together: ``"group"`` (training runs), ``"lineage"`` (a run with everything that was
     trained or copied from it, and from that), a field of the record, or a function of the sample. Within a part
-    the order is kept. The fractions add up to 1 at most; what they leave is in no part.
+    the order is kept. The fractions add up to 1 at most; what they leave is in no part. A part gets one group at least.
     The same samples, fractions and seed give the same parts.
 
-    Raises ``MetanetError`` when the fractions make no sense or a part would stay empty.
+    Raises ``MetanetError`` when the fractions make no sense or there are fewer groups than parts.
     """
     if not fractions or any(f <= 0 for f in fractions) or sum(fractions) > 1 + 1e-9:
         raise MetanetError(f"fractions {tuple(fractions)}: each must be above 0, and their sum at most 1")
@@ -133,7 +133,7 @@ def split(
         sizes[key] = sizes.get(key, 0) + 1
     order = sorted(sizes)
     random.Random(seed).shuffle(order)
-    # The group that straddles a border goes to the side that holds more of it.
+    # The group that straddles a border goes to the part that its middle lies in.
     part_of: dict[str, int] = {}
     done = 0
     for key in order:
@@ -145,6 +145,12 @@ def split(
                 part_of[key] = number
                 break
         done += sizes[key]
+    # Of few groups none may fall to a small part: it gets the last one of the part that has most.
+    for number in range(len(fractions)):
+        held = [[key for key in order if part_of.get(key) == other] for other in range(len(fractions))]
+        most = max(held, key=len)
+        if not held[number] and len(most) > 1:
+            part_of[most[-1]] = number
     parts = tuple(
         [sample for sample, key in zip(samples, keys, strict=True) if part_of.get(key) == number]
         for number in range(len(fractions))
