@@ -157,6 +157,8 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         self.roles: dict[str, Role] = dict(roles or {})
         # Per factor, the nonlinear functions seen on intermediate values that carry it, in order of appearance.
         self.activations = dict(activations or {})
+        # What was worked out from this wiring and is asked for again.
+        self.kept: dict[str, object] = {}
         self._tensors, self.axes = _axes(self.layouts, self.shapes, self.factors)
 
     # ---------------------------------------------------------------- mapping
