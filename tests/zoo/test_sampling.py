@@ -9,6 +9,7 @@ import pytest
 
 from weightspace.errors import ZooError
 from weightspace.paths import data_dir
+from weightspace.zoo.data import DataSpec
 from weightspace.zoo.description import module_of
 from weightspace.zoo.recipe import Sampled, load, parse
 from weightspace.zoo.sampling import Run, draw, runs_of
@@ -17,12 +18,17 @@ SHIPPED = [path.stem for path in sorted(data_dir("zoo").glob("*.toml")) if path.
 FACTS = {"mnist": ((1, 28, 28), 10), "cifar10-gray": ((1, 32, 32), 10), "usps": ((1, 16, 16), 10), "text": ((64,), 65)}
 
 
+def _facts(data: DataSpec) -> tuple[tuple[int, ...], int]:
+    shape, classes = FACTS[data.name]
+    return (shape[0], *(side // data.pool for side in shape[1:])), classes
+
+
 def _runs(name: str, full: bool = False) -> list[Run]:
     recipe = load(name, full)
     plans: dict[str, list[Run]] = {}
     for population in recipe.sampled:
         plans[population.name] = runs_of(
-            recipe, population, FACTS[population.data.name], plans.get(population.parent, ())
+            recipe, population, _facts(population.data), plans.get(population.parent, ())
         )
     return [run for runs in plans.values() for run in runs]
 

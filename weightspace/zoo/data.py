@@ -70,13 +70,14 @@ class Data:
 class DataSpec:
     """Which data a recipe asks for: a name, perhaps a path, and how much of it (0: everything).
 
-    ``standardise`` shifts and scales images to mean 0 and deviation 1 over the training set.
+    ``pool`` averages images over squares of so many pixels; ``standardise`` shifts and scales images to mean 0 and deviation 1 over the training set.
     """
 
     name: str
     path: str = ""
     train: int = 0
     test: int = 0
+    pool: int = 1
     standardise: bool = False
 
 
@@ -161,7 +162,12 @@ def _cached(name: str, files: Sequence[Path], source: _Source) -> Arrays:
 
 
 def _scaled(data: Data, spec: DataSpec) -> Data:
-    if not spec.standardise or not data.train_x.is_floating_point():
+    if not data.train_x.is_floating_point():
+        return data
+    if spec.pool > 1:
+        train, test = (torch.nn.functional.avg_pool2d(x, spec.pool) for x in (data.train_x, data.test_x))
+        data = Data(train, data.train_y, test, data.test_y)
+    if not spec.standardise:
         return data
     deviation, mean = torch.std_mean(data.train_x)
     return Data((data.train_x - mean) / deviation, data.train_y, (data.test_x - mean) / deviation, data.test_y)

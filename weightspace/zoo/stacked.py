@@ -240,8 +240,8 @@ class _Stack:
                 self.flat[part] -= rate * g / (v.sqrt() + 1e-8)
                 continue
             m.mul_(0.9).add_(g, alpha=0.1)
-            scale = math.sqrt(1 - beta**self.steps) / (1 - 0.9**self.steps)
-            self.flat[part] -= rate * scale * m / (v.sqrt() + 1e-8)
+            spread = (v.sqrt() / math.sqrt(1 - beta**self.steps)).add_(1e-8)
+            self.flat[part] -= rate / (1 - 0.9**self.steps) * m / spread
 
 
 def _losses(out: Tensor, y: Tensor) -> Tensor:
