@@ -169,6 +169,9 @@ def train(
     metanet: Annotated[str, typer.Option("--metanet", "-m", help="Kind of metanet.")] = "operator",
     option: Annotated[list[str] | None, typer.Option(help="Option of the metanet, such as width=32.")] = None,
     augment: Annotated[list[str] | None, typer.Option(help="Augmentation, such as noise=0.1.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Entry of the training plan, such as weight_decay=0.1.")
+    ] = None,
     where: Annotated[list[str] | None, typer.Option(help="Only networks whose record has this: final=true.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder (default: runs/<name>).")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 50,
@@ -192,6 +195,7 @@ def train(
         where=_settings(where), out=out, seed=seed, split_by=split_by, fresh=fresh, progress=_to_stderr(),
         plan={
             "epochs": epochs, "batch": batch, "learning_rate": learning_rate, "patience": patience, "device": device,
+            **_settings(setting),
         },
     )  # fmt: skip
     if as_json:

@@ -91,6 +91,8 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         ((folder, "--option", "depth"), "write it as name=value"),
         ((folder, "--where", "final=7"), "6 of which do not fit"),
         ((folder, "--device", "tpu"), "device is 'tpu'"),
+        ((folder, "--set", "warmup=long"), "warmup is 'long', expected a number"),
+        ((folder, "--augment", "noise=loud"), "noise is 'loud', expected a number"),
         ((folder, "--split-by", "colour"), "no field 'colour'"),
     ):
         with pytest.raises(MetanetError, match=match):

@@ -331,8 +331,11 @@ def test_damaged_folders_are_refused(parts: tuple[list[Sample], ...], tmp_path: 
 def test_a_plan_is_made_again_and_mistakes_are_named() -> None:
     plan = replace(PLAN, augmentation=Augmentation(noise=0.1))
     assert TrainingPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    with pytest.raises(MetanetError, match="no entry 'epoch'"):
+    with pytest.raises(MetanetError, match="no option 'epoch'"):
         TrainingPlan.from_dict({"epoch": 3})
+    with pytest.raises(MetanetError, match="epochs is 'many', expected a whole number"):
+        TrainingPlan.from_dict({"epochs": "many"})
+    assert TrainingPlan.from_dict({"clip": 2}) == TrainingPlan(clip=2.0)
     with pytest.raises(MetanetError, match="epochs is 0"):
         TrainingPlan(epochs=0)
     with pytest.raises(MetanetError, match="device is 'tpu'"):

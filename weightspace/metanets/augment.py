@@ -177,12 +177,29 @@ class Augmentation:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Augmentation:
-        """What ``to_dict`` gave. Raises ``MetanetError`` for an option that does not exist."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise MetanetError(f"augmentation has no option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return cls(**options)
+        """What ``to_dict`` gave. Raises ``MetanetError`` for an option that does not exist or is of another type."""
+        return cls(**checked(cls, options, "augmentation"))
+
+
+def checked(cls: type[Any], options: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Options for a dataclass whose fields have defaults; whole numbers will do where others are expected.
+
+    Raises ``MetanetError`` for an option that the class has not, or of another type than its default.
+    """
+    known = {f.name: f.default for f in fields(cls)}
+    out = dict(options)
+    for name, value in options.items():
+        if name not in known:
+            raise MetanetError(f"{what}: no option {name!r}; known: {', '.join(sorted(known))}")
+        expected = type(known[name])
+        if expected is float and type(value) is int:
+            out[name] = float(value)
+        elif expected in (int, float, str, bool) and type(value) is not expected:
+            raise MetanetError(f"{what}: {name} is {value!r}, expected {_NAMES[expected]}")
+    return out
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _wiring(graph: ParameterGraph) -> Wiring:

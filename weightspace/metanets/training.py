@@ -23,7 +23,7 @@ from torch import Tensor
 
 from weightspace.errors import MetanetError, MissingExtraError
 from weightspace.graph import ParameterGraph
-from weightspace.metanets.augment import Augmentation
+from weightspace.metanets.augment import Augmentation, checked
 from weightspace.metanets.base import Metanet, build_metanet
 from weightspace.metanets.data import Sample
 from weightspace.metanets.tasks import Kind, Loss, Task, make_task
@@ -103,12 +103,9 @@ class TrainingPlan:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> TrainingPlan:
-        """What ``to_dict`` gave. Raises ``MetanetError`` for an entry that does not exist."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(found) - known)
-        if unknown:
-            raise MetanetError(f"training plan: no entry {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return cls(**{**found, "augmentation": Augmentation.from_dict(found.get("augmentation", {}))})
+        """What ``to_dict`` gave. Raises ``MetanetError`` for an entry that does not exist or is of another type."""
+        options = checked(cls, found, "training plan")
+        return cls(**{**options, "augmentation": Augmentation.from_dict(found.get("augmentation", {}))})
 
 
 @dataclass(frozen=True, eq=False)
