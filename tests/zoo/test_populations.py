@@ -181,6 +181,20 @@ def test_a_run_that_fails_is_listed_and_the_others_are_made(tmp_path: Path, monk
     assert not (tmp_path / FAILURES).exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "cnn"', 'kind = "tree"', "unknown kind"),
+        ("channels = [4, 4]", "channels = [4, 0]", "channels is"),
+        ('["adam", "sgd"]', '["lion"]', "optimiser 'lion'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_trains_nothing(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ZooError, match=message):
+        build_sampled(_recipe(TOML.replace(old, new)), tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command(tmp_path: Path) -> None:
     from weightspace.cli import app
 

@@ -197,6 +197,7 @@ def test_initialisers(initialiser: str) -> None:
         ({"initialiser": "ones"}, "initialiser 'ones'"),
         ({"dropout": 1.0}, "dropout"),
         ({"train_fraction": 0.0}, "train_fraction"),
+        ({"learning_rate": "fast"}, "expected a number"),
     ],
 )
 def test_hyper_parameters_that_are_not_known_are_named(hyper: dict[str, Any], message: str, data: Data) -> None:

@@ -70,7 +70,8 @@ class Data:
 class DataSpec:
     """Which data a recipe asks for: a name, perhaps a path, and how much of it (0: everything).
 
-    ``pool`` averages images over squares of so many pixels; ``standardise`` shifts and scales images to mean 0 and deviation 1 over the training set.
+    ``pool`` averages images over squares of so many pixels; ``standardise`` shifts and scales them to mean 0 and
+    deviation 1 over the training set.
     """
 
     name: str

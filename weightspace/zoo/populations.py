@@ -18,10 +18,11 @@ from torch import Tensor
 
 from weightspace.errors import WeightspaceError, ZooError
 from weightspace.zoo.data import Data, DataSpec, load_data
+from weightspace.zoo.description import module_of
 from weightspace.zoo.files import read_record, save_network
 from weightspace.zoo.recipe import Recipe, Sampled
 from weightspace.zoo.sampling import Run, runs_of
-from weightspace.zoo.stacked import Snapshot, train_stack
+from weightspace.zoo.stacked import Snapshot, hyper_of, train_stack
 
 FAILURES = ".failures.jsonl"
 """File in a zoo's folder that lists runs which could not be trained at all, one record and reason a line."""
@@ -98,13 +99,24 @@ def build_sampled(
 
 
 def plan(recipe: Recipe, data: str | os.PathLike[str] | None = None) -> dict[str, list[Run]]:
-    """Every run of a recipe, by population."""
+    """Every run of a recipe, by population. Raises ``ZooError`` for a network or hyper-parameter that cannot be."""
     plans: dict[str, list[Run]] = {}
     for population in recipe.sampled:
         loaded = _loaded(population.data, _text(data))
         plans[population.name] = runs_of(
             recipe, population, (loaded.shape, loaded.classes), plans.get(population.parent, ())
         )
+    # Mistakes show before hours of training, not after them.
+    networks: dict[str, Run] = {}
+    for run in (run for runs in plans.values() for run in runs):
+        hyper_of(run)
+        networks.setdefault(json.dumps(run.network), run)
+    with torch.device("meta"):
+        for run in networks.values():
+            try:
+                module_of(run.network)
+            except ZooError as error:
+                raise ZooError(f"{recipe.name}: run {run.name}: {error}") from error
     return plans
 
 

@@ -72,7 +72,7 @@ def train_stack(
     started = time.perf_counter()
     first = runs[0]
     # Slices of one optimiser are contiguous in the stack.
-    order = sorted(range(len(runs)), key=lambda i: _hyper(runs[i])["optimiser"])
+    order = sorted(range(len(runs)), key=lambda i: hyper_of(runs[i])["optimiser"])
     runs = [runs[i] for i in order]
     states = [dict(starts[i]) if starts is not None else initial_state(runs[k]) for k, i in enumerate(order)]
     stack = _Stack(runs, states, device)
@@ -95,13 +95,11 @@ def train_stack(
 
 def initial_state(run: Run) -> dict[str, Tensor]:
     """The tensors with which a run from scratch begins, by its initialiser and seed; biases begin at 0."""
-    hyper = _hyper(run)
+    hyper = hyper_of(run)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         module, _ = module_of(run.network)
         kind, std = hyper["initialiser"], float(hyper["init_std"])
-        if kind not in INITIALISERS:
-            raise ZooError(f"run {run.name}: the initialiser {kind!r} is not known; known: {', '.join(INITIALISERS)}")
         if kind != "default":
             for name, value in module.named_parameters():
                 _initialise(name, value.detach(), str(kind), std, float(run.network.get("omega", 1.0)))
@@ -133,16 +131,19 @@ def _initialise(name: str, value: Tensor, kind: str, std: float, omega: float) -
         nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std)
 
 
-def _hyper(run: Run) -> dict[str, float | str]:
+def hyper_of(run: Run) -> dict[str, float | str]:
+    """The hyper-parameters of a run, usual values filled in. Raises ``ZooError`` for one that makes no sense."""
     usual: dict[str, float | str] = {
         "learning_rate": 1e-3, "weight_decay": 0.0, "dropout": 0.0, "train_fraction": 1.0, "optimiser": "adam",
         "initialiser": "default", "init_std": 0.1,
     }  # fmt: skip
     found = {**usual, **run.hyper}
-    if found["optimiser"] not in OPTIMISERS:
-        raise ZooError(
-            f"run {run.name}: the optimiser {found['optimiser']!r} is not known; known: {', '.join(OPTIMISERS)}"
-        )
+    for key, known in (("optimiser", OPTIMISERS), ("initialiser", INITIALISERS)):
+        if found[key] not in known:
+            raise ZooError(f"run {run.name}: the {key} {found[key]!r} is not known; known: {', '.join(known)}")
+    for key, value in found.items():
+        if isinstance(usual[key], float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ZooError(f"run {run.name}: {key} is {value!r}, expected a number")
     if not 0 <= float(found["dropout"]) < 1 or not 0 < float(found["train_fraction"]) <= 1:
         raise ZooError(f"run {run.name}: dropout lies in [0, 1) and train_fraction in (0, 1], found {dict(run.hyper)}")
     return found
@@ -155,7 +156,7 @@ class _Stack:
     """Parameters of all runs in one matrix (runs, weights), of which the module's tensors are views."""
 
     def __init__(self, runs: Sequence[Run], states: Sequence[dict[str, Tensor]], device: str) -> None:
-        hypers = [_hyper(run) for run in runs]
+        hypers = [hyper_of(run) for run in runs]
         with torch.device("meta"):
             self.module, _ = module_of(runs[0].network)
         names = [name for name, _ in self.module.named_parameters()]
@@ -263,7 +264,7 @@ class _Classification:
 
     def __init__(self, runs: Sequence[Run], data: Data, device: str) -> None:
         part = data.only(runs[0].classes)
-        fraction = float(_hyper(runs[0])["train_fraction"])
+        fraction = float(hyper_of(runs[0])["train_fraction"])
         self.data = part.first(max(1, math.ceil(fraction * len(part.train_x)))).to(device)
 
     def batches(self, generator: torch.Generator, size: int) -> Iterator[Tensor]:
@@ -336,4 +337,4 @@ def _measure(stack: _Stack, x: Tensor, y: Tensor) -> tuple[list[float | None], l
     return found, (loss / y.numel()).tolist()
 
 
-__all__ = ["INITIALISERS", "OPTIMISERS", "TRAIN_MEASURED", "Snapshot", "initial_state", "train_stack"]
+__all__ = ["INITIALISERS", "OPTIMISERS", "TRAIN_MEASURED", "Snapshot", "hyper_of", "initial_state", "train_stack"]
