@@ -203,6 +203,12 @@ def test_early_stopping(parts: tuple[list[Sample], ...]) -> None:
     assert losses.index(min(losses)) == len(losses) - 4
 
 
+def test_mixed_precision_learns_too(parts: tuple[list[Sample], ...]) -> None:
+    trained = fit(replace(PLAN, epochs=20, precision="bf16-mixed"), parts[0], parts[1])
+    assert trained.history[-1]["train_loss"] < 0.8 * trained.history[0]["train_loss"]
+    assert all(value.dtype == torch.float32 for value in _weights(trained).values())
+
+
 def test_what_is_kept_is_the_average_where_the_plan_wants_it(parts: tuple[list[Sample], ...]) -> None:
     plan = replace(PLAN, epochs=30, learning_rate=0.03)
     plain, averaged = fit(plan, parts[0]), fit(replace(plan, average=0.95), parts[0])
