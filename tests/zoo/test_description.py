@@ -167,6 +167,9 @@ def test_files_of_one_program_share_a_proof_and_can_be_verified_each(
         assert w.program is not None
         assert torch.equal(w.program.tensors["conv.0.weight"], ws.open(path)["conv.0.weight"])
         assert w.verify(seed=3).holds
+    # Another seed asks for another proof.
+    assert ws.wiring(ws.open(files[0]), seed=1).proved
+    assert len(calls) == 2
 
 
 def test_programs_that_differ_share_nothing(tmp_path: Path) -> None:

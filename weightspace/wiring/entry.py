@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -122,6 +123,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, prove: bool = True, seed: int = 0
 _PROVED: OrderedDict[str, Wiring] = OrderedDict()
 # Wirings kept, without their programs and so without tensors.
 _KEPT = 1024
+_LOCK = Lock()
 
 
 def shared_key(family: Path, skeleton: Skeleton, signature: Signature) -> str | None:
@@ -146,15 +148,19 @@ def _proved_once(key: str, program: Program, seed: int) -> Wiring:
     shared: axes that were pinned because of some weights, or that those weights hid from the run, are looked at file by
     file. The result carries this file's own program, so that ``wiring.verify()`` runs on its weights.
     """
-    known = _PROVED.get(key)
+    key = f"{seed} {key}"
+    with _LOCK:
+        known = _PROVED.get(key)
+        if known is not None:
+            _PROVED.move_to_end(key)
     if known is not None and known.proof is not None:
-        _PROVED.move_to_end(key)
         return known.with_(program=program, proof=replace(known.proof, on="a network of the same program"))
     found = from_program(program, prove=True, seed=seed)
     if found.proved and found.proof is not None and not found.proof.demoted and not found.proof.vacuous:
-        _PROVED[key] = found.with_(program=None)
-        if len(_PROVED) > _KEPT:
-            _PROVED.popitem(last=False)
+        with _LOCK:
+            _PROVED[key] = found.with_(program=None)
+            if len(_PROVED) > _KEPT:
+                _PROVED.popitem(last=False)
     return found
 
 
