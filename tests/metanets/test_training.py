@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
-from tests.metanets.standin import KIND, Batch, Blocks, population
+from tests.metanets.standin import KIND, Batch, Blocks, mlp, population, write
 from weightspace.errors import MetanetError
 from weightspace.metanets import base, loop
 from weightspace.metanets.augment import Augmentation
@@ -286,6 +286,20 @@ def test_predictions_see_the_weights_alone(parts: tuple[list[Sample], ...]) -> N
         replace(s.graph, tensors={k: w.double() for k, w in (s.graph.tensors or {}).items()}) for s in parts[2]
     ]
     assert torch.equal(trained.predict(wider), found)
+
+
+def test_predictions_do_not_see_names_or_metadata(parts: tuple[list[Sample], ...], tmp_path: Path) -> None:
+    trained = fit(PLAN, parts[0], parts[1])
+    # The same weights as the recipe's MLP, and under other names, with another record, in another order.
+    renamed = {"hidden.0": "layers.0", "hidden.1": "layers.1", "output": "layers.2"}
+    for number, seed in enumerate((1, 2, 3)):
+        tensors = mlp([6, 8, 8, 3], seed)
+        write(tmp_path / "a" / f"{number}.safetensors", tensors, {"run": "x", "test_accuracy": 0.1})
+        other = {f"{renamed[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": w for k, w in tensors.items()}
+        write(tmp_path / "b" / f"{9 - number}-other.safetensors", dict(reversed(other.items())), {"label": 5})
+    one, two = load_samples(tmp_path / "a"), load_samples(tmp_path / "b")
+    assert set(one[0].graph.shapes).isdisjoint(two[0].graph.shapes)
+    assert torch.allclose(trained.predict(one), trained.predict(two[::-1]), atol=1e-6)
 
 
 # -------------------------------------------------------------------- folders
