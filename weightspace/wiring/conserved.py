@@ -76,16 +76,17 @@ def pairings(
 
 
 class _PlainBatchNorm(TorchFunctionMode):
-    """Batch norm by its formula: the fused one has no derivative in its running statistics."""
+    """Batch and instance norm by their formula: the fused ones have no derivative in running statistics."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.batch_norm:
+        if func not in (F.batch_norm, F.instance_norm):
             return func(*args, **kwargs)
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        names = ("input", "running_mean", "running_var", "weight", "bias", "fresh", "momentum", "eps")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, mean, variance = given["input"], given["running_mean"], given["running_var"]
-        if given.get("training") or mean is None or variance is None:
+        fresh = given.get("fresh", given.get("training", given.get("use_input_stats", func is F.instance_norm)))
+        if fresh or mean is None or variance is None:
             return func(*args, **kwargs)
         shape = [1, -1] + [1] * (x.dim() - 2)
         y = (x - mean.view(shape)) / torch.sqrt(variance.view(shape) + given.get("eps", 1e-5))

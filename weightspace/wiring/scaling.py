@@ -136,9 +136,9 @@ class Scaling:
 
         Scales minimise the sum of squares (incoming and outgoing norms are then equal; see
         ``weightspace.wiring.balance``), up to steps of ``tolerance`` in the logarithm or ``max_sweeps`` steps. Signs
-        are chosen factor by factor in the order of the run, so that the sum of ``t |t|`` over what an element
-        writes is positive. ``batch_dims=1`` takes stacks ``(networks, *shape)``, each network on its own. Scales
-        are found in float64 whatever the dtype of the tensors.
+        are chosen flip by flip, so that a weighted sum of ``t |t|`` over what flips with an element is positive.
+        ``batch_dims=1`` takes stacks ``(networks, *shape)``, each network on its own. Scales are found in float64
+        whatever the dtype of the tensors.
 
         Raises ``WiringError`` where a tensor that takes part is missing or has another shape.
         """
@@ -210,13 +210,14 @@ class Scaling:
         counts = [count_of(self.wiring.factors, f.factor) for f in self.flips]
         result = [torch.ones(*lead, n, dtype=torch.float64) for n in counts]
         open_ = [torch.ones(*lead, n, dtype=torch.bool) for n in counts]
-        order = self._order()
+        order = self.order()
         # Where all that was read in the first round is zero, the second reads the other slots too.
         for k, readable in [*order, *((k, self._readable(self.flips[k], [k])) for k, _ in order)]:
             total = torch.zeros(*lead, counts[k], dtype=torch.float64)
-            for slot in readable:
+            for i, slot in enumerate(readable):
                 t = now[slot.tensor]
-                total += slot.sums(t * t.abs(), counts[k], batch).cpu()
+                # Balanced slots have equal norms: with equal weights, all positive and all negative ones would cancel.
+                total += 0.5**i * slot.sums(t * t.abs(), counts[k], batch).cpu()
             sign = torch.where((total < 0) & open_[k], -1.0, 1.0).to(torch.float64)
             open_[k] &= total == 0
             result[k] = result[k] * sign
@@ -224,8 +225,11 @@ class Scaling:
                 now[slot.tensor] = multiply(now[slot.tensor], [(slot, sign)], batch)
         return result
 
-    def _order(self) -> list[tuple[int, list[Slot]]]:
-        """The flips, those first of which the largest share of slots can be read, and these slots."""
+    def order(self) -> list[tuple[int, list[Slot]]]:
+        """The order in which signs are settled, and the slots that each is read off.
+
+        A slot can be read where no flip still to come acts; the flip with the largest share of such goes first.
+        """
         todo = list(range(len(self.flips)))
         order = []
         while todo:
@@ -237,8 +241,12 @@ class Scaling:
 
     def _readable(self, flip: Flip, todo: list[int]) -> list[Slot]:
         """Slots that overlap with no other slot of the flips still to do."""
-        others = [s for k in todo for s in self.flips[k].slots]
-        return [s for s in flip.slots if all(o is s or o.tensor != s.tensor or s.apart(o) for o in others)]
+        others = [(self.flips[k], s) for k in todo for s in self.flips[k].slots]
+        return [
+            s
+            for s in flip.slots
+            if all((f is flip and o is s) or o.tensor != s.tensor or s.apart(o) for f, o in others)
+        ]
 
     def __repr__(self) -> str:
         lines = [

@@ -25,6 +25,10 @@ _FEWEST_DRAWS = 3
 _PATIENCE = 20.0
 _MOST_BUNDLES = 6
 _CONTROLS = 12
+_KINDS = ("own", "fresh", "large")
+_LARGE = 6.0
+# Random elements of a proof have scales exp(_SPREAD z).
+_SPREAD = 1.0
 _NO_CHANGE = 1e-13
 # Functions f with f(-x) = -f(x), and with f(-x) = f(x); products of two values are either.
 _ODD = {
@@ -69,6 +73,7 @@ def find(wiring: Wiring, seed: int) -> Scaling:
         f"{g.factor}: {_written(g)} changes the output by more than rounding" for g in candidates if g not in generators
     ]
     flips = _flips(wiring, slots, generators, empty, bases, seed, refused)
+    flips = _legible(_with(empty, (), flips), refused)
     generators, flips, control = _controlled(_with(empty, generators, flips), bases[0], seed, refused)
     found = _with(empty, generators, flips)
     error = _error(found, bases, seed + 1)
@@ -97,8 +102,8 @@ def _generators(
     generator = torch.Generator().manual_seed(seed)
     clock = time.perf_counter()
     for k in range(draws):
-        # Weights of two kinds: trained ones may be dead or saturated where fresh ones are not.
-        weights = _drawn(program, seed + k, fresh=k % 2 == 1)
+        # Large weights come last: what they saturate has derivatives of rounding alone, so only proofs use them.
+        weights = _drawn(program, seed + k, _KINDS[k % 2])
         try:
             found = pairings(program, weights, slots, counts, generator)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -117,7 +122,7 @@ def _generators(
             # What no run reached may still matter to other inputs (an expert that none of the examples was sent to).
             refused.append(f"{f}: {slots[f][lost[0]].name} had no influence on the outputs in any run")
         vectors = [] if lost or not parts else exponents(matrix)
-        out[f] = [_oriented(_completed(v, quiet, slots[f], wiring), slots[f], wiring) for v in vectors]
+        out[f] = [_oriented(_completed(v, quiet, slots[f]), slots[f], wiring) for v in vectors]
     return [
         Generator(f, {slots[f][k].name: e for k, e in v.items()}, tuple((slots[f][k], e) for k, e in v.items()))
         for f, vectors in _without_implied(wiring, slots, out).items()
@@ -125,20 +130,13 @@ def _generators(
     ]
 
 
-def _completed(vector: dict[int, int], quiet: Sequence[int], slots: Sequence[Slot], wiring: Wiring) -> dict[int, int]:
+def _completed(vector: dict[int, int], quiet: Sequence[int], slots: Sequence[Slot]) -> dict[int, int]:
     """A bias without influence goes with its weight: that of keys, which softmax takes away."""
     full = dict(vector)
     for k in quiet:
-        part = _part(slots[k], wiring)
-        same = {vector.get(j, 0) for j in range(len(slots)) if j not in quiet and _part(slots[j], wiring) == part}
-        before = [j for j in range(k) if j not in quiet]
-        full[k] = same.pop() if len(same) == 1 else vector.get(before[-1], 0) if before else 0
+        before = [j for j in range(k) if j not in quiet and slots[j].place[2] == slots[k].place[2]]
+        full[k] = vector.get(before[-1], 0) if before else 0
     return {k: e for k, e in sorted(full.items()) if e}
-
-
-def _part(slot: Slot, wiring: Wiring) -> tuple[str, int]:
-    """Which part of which axis it is."""
-    return wiring[slot.tensor][slot.dims[0]].name, slot.place[2]
 
 
 def _oriented(vector: dict[int, int], slots: Sequence[Slot], wiring: Wiring) -> dict[int, int]:
@@ -228,12 +226,19 @@ def _flips(
     return out
 
 
+def _legible(scaling: Scaling, refused: list[str]) -> list[Flip]:
+    """Flips whose sign some weights tell; two that meet in every tensor (groups times channels) cannot both be told."""
+    mute = {k for k, readable in scaling.order() if not readable}
+    refused += [f"{scaling.flips[k].factor}: no weight tells its sign apart from those of other axes" for k in mute]
+    return [f for k, f in enumerate(scaling.flips) if k not in mute]
+
+
 def _bundles(wiring: Wiring, row: Sequence[Slot]) -> list[list[Slot]]:
     """Slots in the same part of the same axis: the gates of a recurrent cell, one by one."""
     groups: dict[Any, list[Slot]] = {}
     for s in row:
         if wiring.roles.get(s.tensor, "other") not in _UNSIGNED:
-            groups.setdefault(_part(s, wiring), []).append(s)
+            groups.setdefault((wiring[s.tensor][s.dims[0]].name, s.place[2]), []).append(s)
     return list(groups.values())
 
 
@@ -245,10 +250,10 @@ def _with(empty: Scaling, generators: Sequence[Generator], flips: Sequence[Flip]
 
 
 def _bases(program: Program, seed: int) -> list[_Base]:
-    """Weights of two kinds, in float64; without those at which the network is dead."""
+    """Weights of all kinds, in float64; without those at which the network is dead."""
     found = []
-    for k, fresh in ((0, False), (17, True)):
-        weights = _drawn(program, seed + k, fresh)
+    for k, kind in enumerate(_KINDS):
+        weights = _drawn(program, seed + 17 * k, kind)
         try:
             out = run(program, weights, torch.float64)
         except (RuntimeError, TypeError, ValueError):
@@ -258,9 +263,10 @@ def _bases(program: Program, seed: int) -> list[_Base]:
     return found
 
 
-def _drawn(program: Program, seed: int, fresh: bool) -> dict[str, torch.Tensor]:
-    """Weights without trivial values: the network's own, jittered, or fresh ones at the scale of an initialisation.
+def _drawn(program: Program, seed: int, kind: str) -> dict[str, torch.Tensor]:
+    """Weights without trivial values: the network's own, jittered; fresh ones, of the size of an initialisation.
 
+    Trained weights may be dead or saturated where fresh ones are not. Large ones come to where a clamp acts.
     As ``proof.generic`` does, with uniform draws, which are many times faster where there are many weights. Tied
     tensors stay one object.
     """
@@ -274,13 +280,14 @@ def _drawn(program: Program, seed: int, fresh: bool) -> dict[str, torch.Tensor]:
             continue
         # Of variance 1.
         z = torch.rand(t.shape, generator=generator).to(torch.float64).sub_(0.5).mul_(12**0.5)
-        if fresh and t.dim() >= 2 and t.numel():
+        if kind == "fresh" and t.dim() >= 2 and t.numel():
             found[id(t)] = z * (1.4 / max(1, t[0].numel()) ** 0.5)
             continue
         own = t.detach().to(torch.float64)
-        large = float(own.abs().max()) if fresh and t.numel() else 0.0
-        own = own / large if large > 10 else own
-        found[id(t)] = torch.where(own == 0, 0.05 * z, own * torch.exp(0.25 * z)).nan_to_num_()
+        top = float(own.abs().max()) if kind == "fresh" and t.numel() else 0.0
+        own = own / top if top > 10 else own
+        size = _LARGE if kind == "large" else 1.0
+        found[id(t)] = (size * torch.where(own == 0, 0.05 * z, own * torch.exp(0.25 * z))).nan_to_num_()
     return {n: found[id(t)] for n, t in program.tensors.items()}
 
 
@@ -300,7 +307,7 @@ def _error(scaling: Scaling, bases: Sequence[_Base], seed: int) -> float:
 
 def _moving(scaling: Scaling, seed: int) -> Rescaling:
     """A random element in which no flip leaves all signs as they are."""
-    drawn = scaling.random(seed)
+    drawn = scaling.random(seed, _SPREAD)
     signs = []
     for s in drawn.signs:
         s = s.clone()
@@ -313,7 +320,7 @@ def _moving(scaling: Scaling, seed: int) -> Rescaling:
 def _controlled(
     scaling: Scaling, base: _Base, seed: int, refused: list[str]
 ) -> tuple[list[Generator], list[Flip], float | None]:
-    """Acting on one slot alone must change the output; what does not is no symmetry but no influence at all."""
+    """Scaling one slot alone must change the output; where none does, there is no symmetry but no influence at all."""
     program = scaling.wiring.program
     assert program is not None
     items: list[Generator | Flip] = [*scaling.generators, *scaling.flips]
@@ -326,11 +333,9 @@ def _controlled(
     for item in chosen:
         best = 0.0
         for k in range(len(item.slots)):
-            if isinstance(item, Generator):
-                slot, e = item.slots[k]
-                alone = _with(scaling, [Generator(item.factor, {slot.name: e}, ((slot, e),))], ())
-            else:
-                alone = _with(scaling, (), [Flip(item.factor, (item.slots[k].name,), (item.slots[k],))])
+            # Scaled rather than flipped: one tensor alone may well flip unseen (inside an absolute value).
+            slot = item.slots[k][0] if isinstance(item, Generator) else item.slots[k]
+            alone = _with(scaling, [Generator(item.factor, {slot.name: 1}, ((slot, 1),))], ())
             moved = alone.apply(_moving(alone, seed + 1), base.weights)
             best = max(best, distance(base.out, run(program, moved, torch.float64)))
             if best > 100 * _NO_CHANGE:
