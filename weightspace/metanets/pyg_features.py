@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from weightspace.errors import MetanetError
 from weightspace.graph.layout import Block, Vector
+from weightspace.metanets.scales import Copy, Scales, scales_of
 from weightspace.metanets.structure import (
     BLOCK_FEATURES,
     NODE_FEATURES,
@@ -58,7 +59,7 @@ class Tables:
     """All that networks of one wiring share: N nodes, E edges, V entries, T types of edges, P grid positions.
 
     ``places`` index the elements of the tensors ``names`` laid end to end, followed by a zero for empty positions.
-    ``node_mark``: 0 hidden, 1 input, 2 output. ``parts``: for each type the block or vector it was made of.
+    ``node_mark``: 0 hidden, 1 input, 2 output.
     """
 
     names: tuple[str, ...]
@@ -72,8 +73,7 @@ class Tables:
     entry_places: Tensor
     types: Tensor
     type_role: Tensor
-    symmetry: Symmetry | None = None
-    parts: tuple[Vector | None, ...] = ()
+    symmetry: Symmetry | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,26 +119,20 @@ class Batch:
         return _moved(self, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
-# Which symmetry to look for: the graph, the parts behind the types of edges, the number of nodes.
-SymmetryOf = Callable[["ParameterGraph", Sequence[Vector | None]], Symmetry]
-
 _CACHE: WeakKeyDictionary[Structure, dict[tuple[Any, ...], Tables]] = WeakKeyDictionary()
 
 
-def tables_of(
-    graph: ParameterGraph, kernel: int, vectors: str, symmetry: tuple[str, SymmetryOf] | None = None
-) -> Tables:
+def tables_of(graph: ParameterGraph, kernel: int, vectors: str, symmetry: str = "") -> Tables:
     """The tables of a graph, made once per wiring and form.
 
-    ``vectors``: ``"entries"`` of the nodes, or ``"nodes"``, one per tensor, with edges. ``symmetry``: a name for
-    the cache and the function that finds it.
+    ``vectors``: ``"entries"`` of the nodes, or ``"nodes"``, one per tensor, with edges. ``symmetry``: which scales
+    the nodes have, ``"scale"``, ``"sign"`` or ``"both"`` (see ``weightspace.metanets.scales``); none if empty.
     """
     structure = structure_of(graph)
     known = _CACHE.setdefault(structure, {})
-    key = (kernel, vectors, symmetry[0] if symmetry else None)
+    key = (kernel, vectors, symmetry)
     if key not in known:
-        made = _build(graph, structure, kernel, vectors)
-        known[key] = replace(made, symmetry=symmetry[1](graph, made.parts)) if symmetry else made
+        known[key] = _build(graph, structure, *key)
     return known[key]
 
 
@@ -221,19 +215,21 @@ def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
 # -------------------------------------------------------------------- tables of a wiring
 
 
-def _build(graph: ParameterGraph, structure: Structure, kernel: int, vectors: str) -> Tables:
+def _build(graph: ParameterGraph, structure: Structure, kernel: int, vectors: str, symmetry: str) -> Tables:
     count = sum(math.prod(b.shape[:3]) * (b.shape[3] if kernel == 1 else 1) for b in structure.blocks)
     if count > MAX_EDGES:
         raise MetanetError(
             f"the network has {count:,} edges and the reference metanetworks keep a state for each; at most "
             f"{MAX_EDGES:,} are made. The metanetwork 'operator' reads networks of any size"
         )
+    scales = scales_of(graph, symmetry != "sign", symmetry != "scale") if symmetry else Scales()
     rows = _Rows(graph, kernel)
     for b in structure.blocks:
         elements = b.block.matrix(rows.elements(b.block.tensor))
         _, out, into, width = elements.shape
-        dst = b.dst.unsqueeze(2).expand(-1, -1, into).reshape(-1)
-        src = b.src.unsqueeze(1).expand(-1, out, -1).reshape(-1)
+        to, of = graph.cells[b.block.dst], graph.cells[b.block.src]
+        dst = (b.dst - to.start + scales.start(b.block, to, True)).unsqueeze(2).expand(-1, -1, into).reshape(-1)
+        src = (b.src - of.start + scales.start(b.block, of, False)).unsqueeze(1).expand(-1, out, -1).reshape(-1)
         features = torch.cat((b.features.expand(width, -1), b.coordinates), dim=1)
         rows.add(False, b.block, torch.stack((src, dst)), elements.reshape(-1, width), features)
     extra: list[Tensor] = []
@@ -244,18 +240,37 @@ def _build(graph: ParameterGraph, structure: Structure, kernel: int, vectors: st
             extra.append(v.features[:, :BLOCK_FEATURES].mean(dim=0))
             rows.add(False, v.vector, torch.stack((source, v.node)), elements, v.features)
         else:
-            rows.add(True, v.vector, v.node.unsqueeze(0), elements, v.features)
-    if structure.links.shape[1]:
-        rows.add(False, None, structure.links, torch.empty(structure.links.shape[1], 0, dtype=torch.long),
-                 torch.zeros(1, VECTOR_FEATURES))  # fmt: skip
+            cell = graph.cells[v.vector.dst]
+            dst = v.node - cell.start + scales.start(v.vector, cell, True)
+            if (v.vector.label, False) in scales.ends:
+                src = v.node - cell.start + scales.start(v.vector, cell, False)
+                rows.add(False, v.vector, torch.stack((src, dst)), elements, v.features)
+            else:
+                rows.add(True, v.vector, dst.unsqueeze(0), elements, v.features)
+    links = torch.cat([structure.links, *(_to_copy(c) for c in scales.added)], dim=1)
+    if links.shape[1]:
+        rows.add(False, None, links, torch.empty(links.shape[1], 0, dtype=torch.long), torch.zeros(1, VECTOR_FEATURES))
     marks = structure.marks[structure.cell] @ torch.tensor([1.0, 2.0])
-    own = torch.zeros(structure.num_nodes, 1)
-    nodes = torch.cat((structure.nodes, _made_by(structure)[structure.cell], own), dim=1)
+    nodes = torch.cat((structure.nodes, _made_by(structure)[structure.cell]), dim=1)
+    nodes = torch.nn.functional.pad(nodes, (0, 1))
     if extra:
         n = len(extra)
         added = torch.cat((torch.zeros(n, NODE_FEATURES), torch.stack(extra), torch.ones(n, 1)), dim=1)
         nodes, marks = torch.cat((nodes, added)), torch.cat((marks, torch.zeros(n)))
-    return rows.tables(nodes, marks.long())
+    for c in scales.added:
+        own = slice(c.cell.start, c.cell.start + c.cell.size)
+        nodes, marks = torch.cat((nodes, nodes[own])), torch.cat((marks, marks[own]))
+    flags = torch.zeros(2, len(nodes), dtype=torch.bool)
+    for c in scales.copies:
+        flags[:, c.start : c.start + c.cell.size] = torch.tensor([[c.positive], [c.signed]])
+    grades = torch.tensor([scales.grades.get(p.label, (0, 0)) if p else (0, 0) for p in rows.parts])
+    return rows.tables(nodes, marks.long(), Symmetry(grades, *flags) if symmetry else None)
+
+
+def _to_copy(copy: Copy) -> Tensor:
+    """Links from the nodes of a cell to those that play its part in another symmetry."""
+    places = torch.arange(copy.cell.size)
+    return torch.stack((places + copy.cell.start, places + copy.start))
 
 
 def _made_by(structure: Structure) -> Tensor:
@@ -309,7 +324,7 @@ class _Rows:
             self.roles.append(ROLES.index(role))
             self.parts.append(part)
 
-    def tables(self, nodes: Tensor, marks: Tensor) -> Tables:
+    def tables(self, nodes: Tensor, marks: Tensor, symmetry: Symmetry | None) -> Tables:
         edge_index, edge_type, edge_places = self._joined(self.edges, 2)
         entry_index, entry_type, entry_places = self._joined(self.entries, 1)
         return Tables(
@@ -324,7 +339,7 @@ class _Rows:
             entry_places=entry_places,
             types=torch.stack(self.types),
             type_role=torch.tensor(self.roles),
-            parts=tuple(self.parts),
+            symmetry=symmetry,
         )
 
     def _joined(self, rows: list[tuple[Tensor, Tensor, Tensor]], ends: int) -> tuple[Tensor, Tensor, Tensor]:
