@@ -134,7 +134,7 @@ def zoo_build(
         Path | None, typer.Option("--data", help="Folder of the data sets' files (default: $WEIGHTSPACE_DATA, ./data).")
     ] = None,
     jobs: Jobs = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is a device.")] = "auto",
 ) -> None:
     """Train the networks of RECIPE and index them; networks that are already there are kept.
 
@@ -146,8 +146,9 @@ def zoo_build(
     loaded = load(recipe, full)
     folder = out or Path("models") / (f"{loaded.name}-full" if full else loaded.name)
     if loaded.sampled:
-        from weightspace.zoo.populations import build_sampled
+        from weightspace.zoo.populations import build_sampled, usable
 
+        device = usable(device)
         workers = 1 if device != "cpu" else jobs or os.cpu_count() or 1
         _show_built(
             build_sampled(loaded, folder, jobs=workers, device=device, data=data, progress=sys.stderr.isatty()), folder

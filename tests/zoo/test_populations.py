@@ -195,6 +195,15 @@ def test_a_recipe_that_cannot_be_trained_trains_nothing(tmp_path: Path, old: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="device 'tpu'"):
+        build_sampled(_recipe(), tmp_path, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ZooError, match="no CUDA device"):
+            build_sampled(_recipe(), tmp_path, device="cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command(tmp_path: Path) -> None:
     from weightspace.cli import app
 

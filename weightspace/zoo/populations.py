@@ -67,10 +67,14 @@ def build_sampled(
     worker processes. Files appear whole or not at all: a build that was stopped goes on with the runs that lack a
     file, and gives what it would have given. A stack that fails (for want of memory, say) is split; a run that fails on
     its own is written to ``FAILURES``. Diverged networks are kept and their records say so.
+
+    ``device`` is "cpu", "cuda" or "auto" (CUDA where there is a device). Raises ``ZooError`` for a recipe that makes no
+    sense, data that are not there, or a device that is not.
     """
     from weightspace.zoo.progress import bar
 
     started = time.perf_counter()
+    device = usable(device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     failures = folder / FAILURES
@@ -96,6 +100,17 @@ def build_sampled(
                     advance(name)
                 _note(failures, reasons)
     return _built(recipe, plans, folder, trained, time.perf_counter() - started)
+
+
+def usable(device: str) -> str:
+    """The device that a name stands for. Raises ``ZooError`` where it cannot be used."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ZooError(f"there is no device {device!r}; known: cpu, cuda, auto")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ZooError("torch finds no CUDA device here; train on the CPU with --device cpu")
+    return device
 
 
 def plan(recipe: Recipe, data: str | os.PathLike[str] | None = None) -> dict[str, list[Run]]:
@@ -274,4 +289,4 @@ def _measured(population: Sampled, records: Sequence[dict[str, Any]]) -> list[fl
     return [float(record[key]) for record in records if record.get(key) is not None]
 
 
-__all__ = ["FAILURES", "Built", "build_sampled", "is_complete", "plan", "record_of"]
+__all__ = ["FAILURES", "Built", "build_sampled", "is_complete", "plan", "record_of", "usable"]
