@@ -280,7 +280,7 @@ def _keys(samples: Sequence[Sample], by: str | Callable[[Sample], str]) -> list[
     if by == "group":
         return [sample.group for sample in samples]
     if by == "lineage":
-        return _lineages(samples)
+        return lineages(samples)
     missing = sum(field_of(sample.record, by) is None for sample in samples)
     if missing:
         raise MetanetError(
@@ -290,7 +290,7 @@ def _keys(samples: Sequence[Sample], by: str | Callable[[Sample], str]) -> list[
     return [str(field_of(sample.record, by)) for sample in samples]
 
 
-def _lineages(samples: Sequence[Sample]) -> list[str]:
+def lineages(samples: Sequence[Sample]) -> list[str]:
     """Of each sample the first group of all that descend from each other, however many steps apart."""
     root: dict[str, str] = {}
 
