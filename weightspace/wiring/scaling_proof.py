@@ -21,7 +21,7 @@ from weightspace.wiring.wiring import Wiring
 _TOLERANCE = 1e-10
 _MOST_DRAWS = 48
 _FEWEST_DRAWS = 3
-# Backward passes and trials of signs end after as many seconds each.
+# Backward passes and trials of signs end after as many seconds of processor time each.
 _PATIENCE = 20.0
 _MOST_BUNDLES = 6
 _CONTROLS = 12
@@ -100,7 +100,7 @@ def _generators(
     draws = int(min(_MOST_DRAWS, max(_FEWEST_DRAWS, wanted + 1)))
     rows: dict[str, list[torch.Tensor]] = {f: [] for f in slots}
     generator = torch.Generator().manual_seed(seed)
-    clock = time.perf_counter()
+    clock = time.thread_time()
     for k in range(draws):
         # Large weights come last: what they saturate has derivatives of rounding alone, so only proofs use them.
         weights = _drawn(program, seed + k, _KINDS[k % 2])
@@ -111,7 +111,7 @@ def _generators(
             return []
         for f, part in (found or {}).items():
             rows[f].append(part)
-        if k >= _FEWEST_DRAWS and time.perf_counter() - clock > _PATIENCE:
+        if k >= _FEWEST_DRAWS and time.thread_time() - clock > _PATIENCE:
             break
     out: dict[str, list[dict[int, int]]] = {}
     for f, parts in rows.items():
@@ -203,13 +203,13 @@ def _flips(
             doubtful.append(flip(g.factor, turned))
     for kept in [*surviving(likely, passes), *(d for d in doubtful if passes([d]))]:
         found[kept.factor].append({index[id(s)]: 1 for s in kept.slots})
-    clock = time.perf_counter()
+    clock = time.thread_time()
     for f, row in slots.items():
         bundles = _bundles(wiring, row)
         if found[f] or not 2 <= len(bundles) <= _MOST_BUNDLES or set(wiring.activations.get(f, ())) <= _ODD | _NORMS:
             continue
         for some in (c for n in range(1, len(bundles) + 1) for c in combinations(bundles, n)):
-            if time.perf_counter() - clock > _PATIENCE:
+            if time.thread_time() - clock > _PATIENCE:
                 refused.append(f"{f}: flips of parts of its axis were not all tried within {_PATIENCE:.0f} s")
                 break
             chosen = [s for bundle in some for s in bundle]
