@@ -101,7 +101,8 @@ def test_nothing_is_dropped_without_a_mask_and_the_mask_takes_whole_channels() -
         ({"classes": 0}, "classes"),
         ({"classes": -3}, "classes"),
         ({"input": [1, 12]}, "input"),
-        ({"input": [1, 10000, 10000]}, "256"),
+        ({"input": [1, 10000, 10000]}, "values"),
+        ({"input": [1, 2000, 2000], "strides": [1, 1, 1]}, "values"),
         ({"kernels": [3, 3]}, "differ in length"),
         ({"kernels": [3, 4, 3]}, "odd"),
         ({"residuals": [0, 0, 0]}, "residuals"),
@@ -123,11 +124,15 @@ def test_descriptions_that_make_no_sense_are_named(change: dict[str, Any], messa
     [
         ("vit", {"patch": 3}, "tile"),
         ("vit", {"heads": 3}, "divide"),
+        ("vit", {"input": [1, 1024, 1024]}, "patches"),
+        ("gpt", {"input": [4096]}, "length"),
+        ("gpt", {"dim": 128, "heads": 128}, "heads"),
+        ("resnet", {"input": [1, 1024, 1024], "channels": [1, 9999]}, "values"),
         ("gpt", {"input": [6, 6]}, "one length"),
         ("gpt", {"depth": 65}, "depth"),
         ("siren", {"omega": float("inf")}, "omega"),
         ("siren", {"input": [2, 2]}, "coordinates"),
-        ("mlp", {"input": [1000, 1000, 1000]}, "million"),
+        ("mlp", {"input": [1000, 1000, 1000]}, "values"),
     ],
 )
 def test_each_kind_checks_its_own_entries(name: str, change: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from weightspace.zoo.architectures import ACTIVATIONS, GROUPS, NORMS, ConvNet, G
 
 _MAX_SIZE = 1 << 14
 _MAX_DEPTH = 64
+# A small file may describe a network whose activations fill the memory: these bound what one example may need.
+_MAX_VALUES = 1 << 22
+_MAX_TOKENS = 512
+_MAX_HEADS = 64
 
 
 def module_of(description: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -110,7 +115,8 @@ def _needs(holds: bool, message: str) -> None:
 
 def _check_image(v: Mapping[str, Any]) -> None:
     _needs(len(v["input"]) == 3, f"input is {v['input']}, expected channels, height, width")
-    _needs(max(v["input"]) <= 256, f"input is {v['input']}, expected at most 256 channels and pixels a side")
+    count = prod(v["input"])
+    _needs(count <= _MAX_VALUES, f"input is {v['input']}, {count:,} values, expected at most {_MAX_VALUES:,}")
 
 
 def _check_cnn(v: Mapping[str, Any]) -> None:
@@ -124,10 +130,18 @@ def _check_cnn(v: Mapping[str, Any]) -> None:
     _needs(all(k % 2 for k in v["kernels"]) or not v["same"], f"kernels are {v['kernels']}, expected odd ones")
     if v["norm"] == "group":
         _needs(all(c % GROUPS == 0 for c in v["channels"]), f"channels {v['channels']} are not multiples of {GROUPS}")
-    side = min(v["input"][1:])
-    for k, s in zip(v["kernels"], v["strides"], strict=True):
-        side = (side + (2 * (k // 2) if v["same"] else 0) - k) // s + 1
-        _needs(side >= 1, f"nothing is left of {v['input']} after kernels {v['kernels']}, strides {v['strides']}")
+    sides = v["input"][1:]
+    for c, k, s in zip(v["channels"], v["kernels"], v["strides"], strict=True):
+        sides = [(side + (2 * (k // 2) if v["same"] else 0) - k) // s + 1 for side in sides]
+        _needs(min(sides) >= 1, f"nothing is left of {v['input']} after kernels {v['kernels']}, strides {v['strides']}")
+        _needs(c * prod(sides) <= _MAX_VALUES, f"{c} channels of {sides} are more than {_MAX_VALUES:,} values")
+
+
+def _check_resnet(v: Mapping[str, Any]) -> None:
+    _check_image(v)
+    # Every block after the first halves the sides; the widest map is bounded by the first one's sides.
+    values = max(v["channels"]) * prod(v["input"][1:]) // 4
+    _needs(values <= _MAX_VALUES, f"{max(v['channels'])} channels on {v['input']} are more than {_MAX_VALUES:,} values")
 
 
 def _check_vit(v: Mapping[str, Any]) -> None:
@@ -135,22 +149,24 @@ def _check_vit(v: Mapping[str, Any]) -> None:
     _check_heads(v)
     height, width = v["input"][1:]
     _needs(height % v["patch"] == 0 == width % v["patch"], f"patches of {v['patch']} do not tile {height} × {width}")
+    tokens = height * width // v["patch"] ** 2
+    _needs(tokens <= _MAX_TOKENS, f"{tokens} patches, expected at most {_MAX_TOKENS}")
 
 
 def _check_gpt(v: Mapping[str, Any]) -> None:
     _check_heads(v)
-    _needs(len(v["input"]) == 1 and v["input"][0] <= 2048, f"input is {v['input']}, expected one length up to 2048")
+    fits = len(v["input"]) == 1 and v["input"][0] <= _MAX_TOKENS
+    _needs(fits, f"input is {v['input']}, expected one length up to {_MAX_TOKENS}")
 
 
 def _check_heads(v: Mapping[str, Any]) -> None:
     _needs(v["dim"] % v["heads"] == 0, f"{v['heads']} heads do not divide dim {v['dim']}")
+    _needs(v["heads"] <= _MAX_HEADS, f"heads is {v['heads']}, expected at most {_MAX_HEADS}")
 
 
 def _check_mlp(v: Mapping[str, Any]) -> None:
-    count = 1
-    for n in v["input"]:
-        count *= n
-    _needs(count <= 1 << 20, f"input is {v['input']}, expected at most a million values")
+    count = prod(v["input"])
+    _needs(count <= _MAX_VALUES, f"input is {v['input']}, {count:,} values, expected at most {_MAX_VALUES:,}")
 
 
 def _check_siren(v: Mapping[str, Any]) -> None:
@@ -201,7 +217,7 @@ KINDS: Mapping[str, Kind] = {
         _check_cnn,
         _cnn,
     ),
-    "resnet": Kind(("input", "classes", "channels", "activation"), _check_image, _resnet),
+    "resnet": Kind(("input", "classes", "channels", "activation"), _check_resnet, _resnet),
     "vit": Kind(
         ("input", "classes", "patch", "dim", "depth", "heads", "hidden", "activation"), _check_vit, _vit
     ),

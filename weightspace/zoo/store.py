@@ -1,9 +1,13 @@
-"""The index of a zoo on disk: one SQLite file for facts, one flat file of embeddings beside it.
+"""The index of a zoo on disk: one SQLite file for facts, flat files of vectors beside it.
 
-Each file of the zoo is one transaction, written with its embeddings already on disk, so that a process
-killed at any moment leaves an index that is whole and only lacks what was still to come. An embedding's row
+Each file of the zoo is one transaction, written with its vectors already on disk, so that a process
+killed at any moment leaves an index that is whole and only lacks what was still to come. A vector's row
 belongs to a model only once the transaction that names it has been committed; rows of models that are gone
 are used again.
+
+There are two vectors to a model: the training-free descriptor (``embeddings.f32``), and that of the pretrained
+encoder (``learned.f32``), which models outside its range may lack. An index that another encoder made, or none, keeps
+its descriptors; its files are looked at again the next time, one by one.
 """
 
 from __future__ import annotations
@@ -11,9 +15,9 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,9 @@ from numpy.typing import NDArray
 
 from weightspace.errors import ZooError
 
-SCHEMA = 1
+SCHEMA = 2
+# Schema 1 had descriptors alone.
+_READABLE = ("1", "2")
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -39,7 +45,8 @@ CREATE TABLE IF NOT EXISTS models (
     path TEXT NOT NULL REFERENCES files (path) ON DELETE CASCADE,
     name TEXT NOT NULL UNIQUE,
     sha256 TEXT NOT NULL,
-    card TEXT NOT NULL
+    card TEXT NOT NULL,
+    reading TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX IF NOT EXISTS models_by_path ON models (path);
 """
@@ -56,26 +63,40 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model in the index: its name in the zoo, its file, the file's hash, its card and its embedding."""
+    """One model in the index: its name in the zoo, its file, the file's hash, its card and its descriptor.
+
+    ``learned`` is the vector of the pretrained encoder, None for a model that it did not read, and ``reading`` what
+    the pretrained metanets say of it: ``inside``, ``score`` and ``reason`` of the encoder's applicability, and
+    ``accuracy``, ``accuracy_low`` and ``accuracy_high`` where there is a prediction. Empty in an index that was made
+    by another encoder.
+    """
 
     name: str
     path: str
     sha256: str
     card: dict[str, Any]
     embedding: NDArray[np.float32]
+    learned: NDArray[np.float32] | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Store:
     """The index in one folder. Open it with ``Store(folder, dimension, version)``; close it when done.
 
-    ``dimension`` is the length of the embeddings and ``version`` names how they are made: an index of other
-    embeddings is emptied on opening for writing and refused on opening for reading.
+    ``dimension`` is the length of the descriptors and ``version`` names how they are made: an index of other
+    descriptors is emptied on opening for writing and refused on opening for reading. ``learned`` is the same for the
+    vectors of the pretrained encoder: those of another one are forgotten on opening for writing, and their
+    files are noted as to be looked at again; on opening for reading they are as if they were not there.
     """
 
-    def __init__(self, folder: Path, dimension: int, version: str, write: bool = True) -> None:
+    def __init__(
+        self, folder: Path, dimension: int, version: str, write: bool = True, learned: tuple[int, str] = (0, "")
+    ) -> None:
         self.folder = folder
         self.dimension = dimension
+        self._length, encoder = learned
         self._vectors = folder / "embeddings.f32"
+        self._learned = folder / "learned.f32"
         database = folder / "index.sqlite"
         try:
             if write:
@@ -94,19 +115,22 @@ class Store:
                 f"the index {database} cannot be opened ({error}); if it is damaged, delete the folder "
                 f"{folder} and index again: it holds nothing that cannot be made again"
             ) from error
-        wanted = {"schema": str(SCHEMA), "dimension": str(dimension), "embedding": version}
-        if found == wanted:
-            self._note_rows()
-            return
-        if not write:
+        described = {"dimension": str(dimension), "embedding": version}
+        wanted = {"schema": str(SCHEMA), **described, "learned": f"{self._length}/{encoder}"}
+        usable = found.get("schema") in _READABLE and described.items() <= found.items()
+        # Whether the second vectors are those of the encoder that is asked for.
+        self.has_learned = found == wanted
+        if not usable and not write:
             raise ZooError(
                 f"the index {database} was made by another version of weightspace ({found or 'unknown'}, "
                 f"expected {wanted}); run `weightspace index` on its folder again"
             )
-        with self._db:
-            for table in ("models", "files", "meta"):
-                self._db.execute(f"DELETE FROM {table}")
-            self._db.executemany("INSERT INTO meta VALUES (?, ?)", wanted.items())
+        if write and found != wanted:
+            with self._writing():
+                self._renew(usable, found.get("schema", ""))
+                self._db.execute("DELETE FROM meta")
+                self._db.executemany("INSERT INTO meta VALUES (?, ?)", wanted.items())
+            self.has_learned = True
         self._note_rows()
 
     def close(self) -> None:
@@ -128,7 +152,11 @@ class Store:
         """Write everything about one file at once, in place of what was known of it."""
         rows = self._take_rows(len(models))
         with self._writing():
-            self._write_vectors(rows, [model.embedding for model in models])
+            self._write_vectors(self._vectors, self.dimension, rows, [model.embedding for model in models])
+            if self._length:
+                empty = np.full(self._length, np.nan, dtype=np.float32)
+                learned = [empty if model.learned is None else model.learned for model in models]
+                self._write_vectors(self._learned, self._length, rows, learned)
             freed = self._delete_models(path)
             self._db.execute("DELETE FROM files WHERE path = ?", (path,))
             self._db.execute(
@@ -136,9 +164,9 @@ class Store:
                 (path, stamp.size, stamp.mtime_ns, stamp.sha256, outcome, reason),
             )
             self._db.executemany(
-                "INSERT INTO models (row, path, name, sha256, card) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO models (row, path, name, sha256, card, reading) VALUES (?, ?, ?, ?, ?, ?)",
                 [
-                    (row, path, m.name, m.sha256, json.dumps(m.card))
+                    (row, path, m.name, m.sha256, json.dumps(m.card), json.dumps(dict(m.reading)))
                     for row, m in zip(rows, models, strict=True)
                 ],
             )
@@ -162,26 +190,33 @@ class Store:
 
     def models(self) -> list[ModelRow]:
         """Every model, in order of its name."""
-        rows = list(self._db.execute("SELECT row, name, path, sha256, card FROM models ORDER BY name"))
-        vectors = self._vectors_of([row for row, *_ in rows])
-        return [
-            ModelRow(name, path, sha, json.loads(card), vector)
-            for (_, name, path, sha, card), vector in zip(rows, vectors, strict=True)
-        ]
+        return self._rows("ORDER BY name")
 
     def embeddings(self) -> tuple[list[str], NDArray[np.float32]]:
-        """Names of all models, in order, and their embeddings: (n, dimension)."""
+        """Names of all models, in order, and their descriptors: (n, dimension)."""
         rows = list(self._db.execute("SELECT row, name FROM models ORDER BY name"))
-        return [name for _, name in rows], self._vectors_of([row for row, _ in rows])
+        return [name for _, name in rows], self._vectors_of(self._vectors, self.dimension, [row for row, _ in rows])
+
+    def learned(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Vectors of the encoder, in the order of ``embeddings``, and which models are inside its range.
+
+        Not numbers where a model has no vector.
+        """
+        column = "reading" if self.has_learned else "''"
+        rows = list(self._db.execute(f"SELECT row, {column} FROM models ORDER BY name"))
+        readings = [json.loads(reading or "{}") for _, reading in rows]
+        held = [bool(reading) for reading in readings]
+        vectors = np.full((len(rows), self._length), np.nan, dtype=np.float32)
+        if any(held) and self._length:
+            some = [row for (row, _), keep in zip(rows, held, strict=True) if keep]
+            vectors[np.asarray(held)] = self._vectors_of(self._learned, self._length, some)
+        inside = np.array([bool(reading.get("inside")) for reading in readings], dtype=bool)
+        return vectors, inside & np.isfinite(vectors).all(axis=1)
 
     def model(self, name: str) -> ModelRow | None:
         """One model by its name in the zoo."""
-        query = "SELECT row, name, path, sha256, card FROM models WHERE name = ?"
-        found = self._db.execute(query, (name,)).fetchone()
-        if found is None:
-            return None
-        row, name, path, sha, card = found
-        return ModelRow(name, path, sha, json.loads(card), self._vectors_of([row])[0])
+        found = self._rows("WHERE name = ?", (name,))
+        return found[0] if found else None
 
     def count(self) -> int:
         """Number of models."""
@@ -194,6 +229,32 @@ class Store:
                 yield
         except (sqlite3.Error, OSError) as error:
             raise ZooError(f"the index in {self.folder} could not be written: {error}") from error
+
+    def _renew(self, usable: bool, schema: str) -> None:
+        """Make an index that was made otherwise one of this kind; what it knows stays where it can be used."""
+        if schema == "1":
+            self._db.execute("ALTER TABLE models ADD COLUMN reading TEXT NOT NULL DEFAULT ''")
+        if usable:
+            # No file has such a time or such a hash: each is examined anew, and until then its old entry serves.
+            self._db.execute("UPDATE files SET mtime_ns = -1, sha256 = '' WHERE outcome = 'models'")
+            self._db.execute("UPDATE models SET reading = ''")
+            return
+        for table in ("models", "files"):
+            self._db.execute(f"DELETE FROM {table}")
+
+    def _rows(self, which: str, values: tuple[str, ...] = ()) -> list[ModelRow]:
+        column = "reading" if self.has_learned else "''"
+        rows = list(self._db.execute(f"SELECT row, name, path, sha256, card, {column} FROM models {which}", values))
+        vectors = self._vectors_of(self._vectors, self.dimension, [row for row, *_ in rows])
+        found = []
+        for (row, name, path, sha, card, text), vector in zip(rows, vectors, strict=True):
+            reading = json.loads(text or "{}")
+            learned = None
+            if reading and self._length:
+                learned = self._vectors_of(self._learned, self._length, [row])[0]
+                learned = learned if bool(np.isfinite(learned).all()) else None
+            found.append(ModelRow(name, path, sha, json.loads(card), vector, learned, reading))
+        return found
 
     def _note_rows(self) -> None:
         taken = {row for (row,) in self._db.execute("SELECT row FROM models")}
@@ -213,32 +274,34 @@ class Store:
         self._db.execute("DELETE FROM models WHERE path = ?", (path,))
         return rows
 
-    def _write_vectors(self, rows: Sequence[int], vectors: Sequence[NDArray[np.float32]]) -> None:
+    def _write_vectors(
+        self, file: Path, width: int, rows: Sequence[int], vectors: Sequence[NDArray[np.float32]]
+    ) -> None:
         if not rows:
             return
         # One open file, positioned writes: a torn write can only touch rows that no transaction names yet.
-        descriptor = os.open(self._vectors, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
         try:
             for row, vector in zip(rows, vectors, strict=True):
-                if vector.shape != (self.dimension,):
-                    raise ZooError(f"an embedding has shape {vector.shape}, expected ({self.dimension},)")
-                os.lseek(descriptor, row * 4 * self.dimension, os.SEEK_SET)
+                if vector.shape != (width,):
+                    raise ZooError(f"an embedding has shape {vector.shape}, expected ({width},)")
+                os.lseek(descriptor, row * 4 * width, os.SEEK_SET)
                 os.write(descriptor, np.ascontiguousarray(vector, dtype="<f4").tobytes())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
-    def _vectors_of(self, rows: Sequence[int]) -> NDArray[np.float32]:
+    def _vectors_of(self, file: Path, dimension: int, rows: Sequence[int]) -> NDArray[np.float32]:
         if not rows:
-            return np.zeros((0, self.dimension), dtype=np.float32)
-        width = 4 * self.dimension
-        present = self._vectors.stat().st_size // width if self._vectors.is_file() else 0
+            return np.zeros((0, dimension), dtype=np.float32)
+        width = 4 * dimension
+        present = file.stat().st_size // width if file.is_file() else 0
         if max(rows) >= present:
             raise ZooError(
-                f"{self._vectors} holds {present} embeddings but the index names number {max(rows)}; "
+                f"{file} holds {present} embeddings but the index names number {max(rows)}; "
                 "run `weightspace index --force` on the folder"
             )
-        stored = np.memmap(self._vectors, dtype="<f4", mode="r", shape=(present, self.dimension))
+        stored = np.memmap(file, dtype="<f4", mode="r", shape=(present, dimension))
         return np.asarray(stored[np.asarray(rows)], dtype=np.float32)
 
 
