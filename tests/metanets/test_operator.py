@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def cnn(seed: int = 0, channels: tuple[int, ...] = (4, 6), kernel: int = 3) -> ParameterGraph:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for a, b in zip((1, *channels), channels, strict=False):
+    for a, b in pairwise((1, *channels)):
         layers += [nn.Conv2d(a, b, kernel, 2, kernel // 2), nn.ReLU()]
     module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 3)).eval()
     return of_tensors(module.state_dict(), ws.wiring(module, torch.randn(2, 1, 12, 12)))
@@ -37,7 +38,7 @@ def cnn(seed: int = 0, channels: tuple[int, ...] = (4, 6), kernel: int = 3) -> P
 def mlp(seed: int = 0, widths: tuple[int, ...] = (5, 7, 6, 3)) -> ParameterGraph:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     module = nn.Sequential(*layers[:-1]).eval()
     return of_tensors(module.state_dict(), ws.wiring(module, torch.randn(2, widths[0])))
@@ -45,7 +46,7 @@ def mlp(seed: int = 0, widths: tuple[int, ...] = (5, 7, 6, 3)) -> ParameterGraph
 
 def small(**options: object) -> OperatorMetanet:
     torch.manual_seed(0)
-    made = build_metanet({"kind": "operator", "width": 8, "rounds": 2, "embedding": 8, **options})
+    made = build_metanet({"kind": "operator", "width": 8, "rounds": 2, "embedding": 8, "probes": 4, **options})
     assert isinstance(made, OperatorMetanet)
     return made.double().eval()
 
@@ -218,7 +219,8 @@ def test_node_and_block_readouts_move_with_the_neurons() -> None:
     wiring = graph.wiring
     assert wiring is not None
     metanet = small()
-    nodes, blocks = NodeReadout(8, 2).double(), BlockReadout(8, 4).double()
+    width = metanet.state_width
+    nodes, blocks = NodeReadout(width, 2).double(), BlockReadout(width, 4).double()
     p = wiring.random(5)
     tensors = double({n: graph.tensor(n) for n in graph.shapes})
     before, after = of_tensors(tensors, wiring), of_tensors(wiring.apply(p, tensors), wiring)
@@ -285,3 +287,30 @@ def test_unknown_kinds_and_options_are_named() -> None:
         build_metanet({"kind": "operator", "widht": 3})
     with pytest.raises(MetanetError, match="at least 1"):
         OperatorMetanet(rounds=0)
+
+
+def test_probes_are_the_values_of_the_network_itself() -> None:
+    """For a feed-forward network of linear layers they are what the network computes for the learned inputs."""
+    torch.manual_seed(0)
+    metanet = OperatorMetanet(width=8, rounds=1, embedding=8, probes=6).double()
+    assert metanet.probes is not None
+    for function in (nn.Tanh(), nn.ReLU(), nn.SiLU(), Sine(30.0), Sine(1.0)):
+        module = nn.Sequential(nn.Linear(3, 5), function, nn.Linear(5, 4), function, nn.Linear(4, 2)).double().eval()
+        graph = of_tensors(module.state_dict(), ws.wiring(module, torch.randn(2, 3, dtype=torch.float64)))
+        batch = metanet.collate([metanet.prepare(graph)])
+        with torch.no_grad():
+            inputs = metanet.probes.input(batch.nodes.double())
+            values = metanet.states(batch)[:, -6:]
+            start = {c.mark: c.start for c in graph.cells.values()}
+            expected = module(inputs[start["input"] : start["input"] + 3].T).T
+        found = values[start["output"] : start["output"] + 2]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+class Sine(nn.Module):
+    def __init__(self, frequency: float) -> None:
+        super().__init__()
+        self.frequency = frequency
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.frequency * x)

@@ -32,7 +32,8 @@ class Item:
 
     ``weights``: per block ``(models, shared, out, in, positions)``, or None where it is read when it is needed.
     ``scales``: per block ``(models, 2)``, mean |w| and mean w². ``shapes``: per block ``(models, SHAPE_FEATURES)``,
-    see ``shape_features``. ``values (models, rows)``: all vector elements.
+    see ``shape_features``. ``values (models, rows)``: all vector elements. ``affine (nodes, 2)``: what the vectors
+    of the base do to a value that passes a node, one after the other, as a factor and a shift.
     """
 
     structure: Structure
@@ -40,6 +41,7 @@ class Item:
     scales: Tensor
     shapes: Tensor
     values: Tensor
+    affine: Tensor
     graphs: tuple[ParameterGraph, ...]
 
 
@@ -71,8 +73,9 @@ class Bucket:
 class Batch:
     """``size`` networks as one graph: nodes and cells numbered through, blocks in buckets.
 
-    ``nodes (N, NODE_FEATURES)``, ``cell (N,)``, ``cell_network (cells,)``, ``marks (cells, 2)``, ``links (2, L)``,
-    vector elements ``values (T, models)`` with ``value_node (T,)`` and ``value_features (T, VECTOR_FEATURES)``.
+    ``nodes (N, NODE_FEATURES)``, ``activation (N,)``, ``frequency (N,)``, ``affine (N, 2)``, ``cell (N,)``,
+    ``cell_network (cells,)``, ``marks (cells, 2)``, ``links (2, L)``, vector elements ``values (T, models)`` with
+    ``value_node (T,)`` and ``value_features (T, VECTOR_FEATURES)``.
     Of every block ``block_features (K, BLOCK_FEATURES)``, ``block_scales (K, models, 2)``, ``block_shapes (K,
     models, SHAPE_FEATURES)``, ``block_fans (K, 3)`` (out, in, positions), ``block_network (K,)`` and
     ``block_cells (K, 2)``, the cells that it leads to and comes from.
@@ -82,6 +85,9 @@ class Batch:
     size: int
     models: int
     nodes: Tensor
+    activation: Tensor
+    frequency: Tensor
+    affine: Tensor
     cell: Tensor
     cell_network: Tensor
     marks: Tensor
@@ -130,7 +136,7 @@ def prepare(graphs: Sequence[ParameterGraph], structure: Structure, lazy: bool |
     if not bool(torch.isfinite(stacked).all()) or not bool(torch.isfinite(held).all()):
         raise MetanetError("this network has weights that are infinite or not a number (a diverged training?)")
     formed = torch.stack(shapes) if shapes else torch.empty(0, len(graphs), SHAPE_FEATURES, dtype=torch.float64)
-    return Item(structure, tuple(weights), stacked, formed, held, tuple(graphs))
+    return Item(structure, tuple(weights), stacked, formed, held, _affine(structure, held[0]), tuple(graphs))
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -151,7 +157,8 @@ def collate(items: Sequence[Item]) -> Batch:
         )
     values = torch.cat([i.values for i in items], dim=1).T.contiguous()
     return Batch(
-        len(items), models, plan.nodes, plan.cell, plan.cell_network, plan.marks, plan.links, values, plan.value_node,
+        len(items), models, plan.nodes, plan.activation, plan.frequency, torch.cat([i.affine for i in items]),
+        plan.cell, plan.cell_network, plan.marks, plan.links, values, plan.value_node,
         plan.value_features, plan.block_features, torch.cat([i.scales for i in items]),
         torch.cat([i.shapes for i in items]), plan.block_fans, plan.block_network, plan.block_cells, tuple(buckets),
         plan.starts, tuple(items),
@@ -179,6 +186,8 @@ class _Group:
 @dataclass(frozen=True, eq=False)
 class _Plan:
     nodes: Tensor
+    activation: Tensor
+    frequency: Tensor
     cell: Tensor
     cell_network: Tensor
     marks: Tensor
@@ -227,6 +236,8 @@ def _make_plan(structures: tuple[Structure, ...]) -> _Plan:
     blocks = [(n, part) for n, s in enumerate(structures) for part in s.blocks]
     return _Plan(
         nodes=torch.cat([s.nodes for s in structures]),
+        activation=torch.cat([s.activation for s in structures]),
+        frequency=torch.cat([s.frequency for s in structures]),
         cell=torch.cat([s.cell + c for s, c in zip(structures, first_cells, strict=False)]),
         cell_network=torch.arange(len(structures)).repeat_interleave(torch.tensor([s.num_cells for s in structures])),
         marks=torch.cat([s.marks for s in structures]),
@@ -321,6 +332,33 @@ def _float(x: Tensor) -> Tensor:
 def _differences(found: list[Tensor]) -> Tensor:
     """The base and the differences of the others from it, stacked."""
     return torch.stack([found[0], *(x - found[0] for x in found[1:])])
+
+
+def _affine(structure: Structure, values: Tensor) -> Tensor:
+    """Factor and shift per node, ``(nodes, 2)``: vectors composed in the order of their use, as far as roles say how.
+
+    Exact for a bias and for a batch norm in evaluation but for its epsilon; where many layers share their neurons
+    it is only an order of magnitude, which is bounded.
+    """
+    out = torch.zeros(structure.num_nodes, 2, dtype=values.dtype)
+    out[:, 0] = 1
+    at = 0
+    for part in structure.vectors:
+        width = part.vector.width
+        count = len(part.node) * width
+        v = values[at : at + count].view(-1, width)
+        at += count
+        # A depthwise kernel multiplies a constant map by the sum of its entries.
+        v = v.sum(1) if part.role == "weight" else v.mean(1)
+        rows = out[part.node]
+        if part.role in ("shift", "mean"):
+            rows[:, 1] += v if part.role == "shift" else -v
+        elif part.role in ("gain", "weight"):
+            rows = rows * v.unsqueeze(1)
+        elif part.role == "variance":
+            rows = rows / (v.clamp_min(0) + 1e-5).sqrt().unsqueeze(1)
+        out[part.node] = rows.clamp(-100, 100)
+    return out
 
 
 def _summary(graphs: Sequence[ParameterGraph], block: Block, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ from torch_geometric.nn import MessagePassing
 
 from weightspace.metanets.batch import Batch
 from weightspace.metanets.operator import OperatorMetanet, Operators, Round, _compressed, _value_features, channels
+from weightspace.metanets.probes import Probes, activated, bounded
 from weightspace.metanets.readout import cell_mean
+from weightspace.metanets.structure import POINTWISE
 
 
 class _Sum(MessagePassing):  # type: ignore[misc]
@@ -48,7 +50,7 @@ class EdgeReference(nn.Module):
         return found
 
     def states(self, batch: Batch) -> Tensor:
-        """States of all axis elements, ``(nodes, width)``."""
+        """States of all axis elements, ``(nodes, state_width)``."""
         net = self.metanet
         dtype = net.node_in.weight.dtype
         h: Tensor = net.node_in(batch.nodes.to(dtype))
@@ -57,6 +59,10 @@ class EdgeReference(nn.Module):
             h = h.index_add(0, batch.value_node, net.value_in(row))
         edges = [_edges(b) for b in batch.buckets]
         operators = [Operators(b, net.transfer, dtype) for b in batch.buckets]
+        values = h[:, :0]
+        if net.probes is not None:
+            values = self._probes(net.probes, batch, edges, operators)
+            h = h + net.probe_in(values)
         for step in net.rounds:
             assert isinstance(step, Round)
             normal = step.norm(h)
@@ -75,8 +81,27 @@ class EdgeReference(nn.Module):
             mixed = step.inner(torch.cat((normal, _compressed(along), _compressed(against)), dim=1))
             mixed = mixed + step.context(cell_mean(normal, batch.cell, len(batch.cell_network)))[batch.cell]
             h = h + step.outer(step.dropout(nn.functional.gelu(mixed)))
-        found: Tensor = net.out_norm(h)
-        return found
+        return torch.cat((net.out_norm(h), values), dim=1)
+
+    def _probes(self, probes: Probes, batch: Batch, edges: list[Any], operators: list[Operators]) -> Tensor:
+        dtype = probes.input.weight.dtype
+        given = probes.input(batch.nodes.to(dtype))
+        fed = batch.marks[batch.cell, :1].bool()
+        factor, shift = batch.affine[:, :1].to(dtype), batch.affine[:, 1:].to(dtype)
+        values = torch.where(fed, given, 0)
+        for _ in range(probes.steps):
+            heard = torch.zeros_like(values)
+            for (index, weight, stack, position), op in zip(edges, operators, strict=True):
+                gate = (1 + probes.texture(op.coordinates[:, 1:]))[position] * op.natural[stack].unsqueeze(1)
+                heard = heard + self.sum(values, index, weight[:1].T.to(dtype), gate.unsqueeze(1))
+            heard = heard.index_add(0, batch.links[1], values[batch.links[0]])
+            heard = factor * heard + shift
+            rows = [
+                activated(POINTWISE[k], x, f.to(dtype)) if k >= 0 else x
+                for k, f, x in zip(batch.activation.tolist(), batch.frequency, heard, strict=True)
+            ]
+            values = torch.where(fed, given, bounded(torch.stack(rows)))
+        return values
 
 
 def _edges(bucket: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

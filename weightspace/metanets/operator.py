@@ -31,6 +31,7 @@ from weightspace.errors import MetanetError
 from weightspace.graph import ParameterGraph
 from weightspace.metanets.base import Metanet
 from weightspace.metanets.batch import CHUNK, Batch, Bucket, Item, collate, prepare
+from weightspace.metanets.probes import Probes
 from weightspace.metanets.readout import GraphReadout, cell_mean, relative_scales
 from weightspace.metanets.structure import (
     BLOCK_FEATURES,
@@ -41,6 +42,7 @@ from weightspace.metanets.structure import (
 )
 
 _VALUE_FEATURES = 4
+_PROBE_STEPS = 6
 
 
 class OperatorMetanet(Metanet):
@@ -49,6 +51,7 @@ class OperatorMetanet(Metanet):
     - ``width``: d, size of the state of a neuron; ``rounds`` of message passing; ``hidden`` size of the MLPs.
     - ``models``: networks on one wiring that are read together; the first is the base, the others count as
       differences from it, and pairs of them have channels of their own.
+    - ``probes``: learned inputs that are followed through the network (see ``weightspace.metanets.probes``); 0: none.
     - ``transfer``: leave out what changes with width (the scale of a block), so that a network widened by
       duplicating neurons gets the same outputs, and one trained at one width can be used at others.
     - ``scale``: read every network at the canonical point of its orbit under positive rescaling and, for odd
@@ -66,6 +69,7 @@ class OperatorMetanet(Metanet):
         rounds: int = 4,
         hidden: int | None = None,
         models: int = 1,
+        probes: int = 32,
         transfer: bool = False,
         scale: bool = False,
         embedding: int = 128,
@@ -76,10 +80,13 @@ class OperatorMetanet(Metanet):
             raise MetanetError("outputs, width, rounds, models and embedding must be at least 1")
         self.config: dict[str, Any] = {
             "kind": "operator", "outputs": outputs, "width": width, "rounds": rounds, "hidden": hidden,
-            "models": models, "transfer": transfer, "scale": scale, "embedding": embedding, "dropout": dropout,
+            "models": models, "probes": probes, "transfer": transfer, "scale": scale, "embedding": embedding,
+            "dropout": dropout,
         }  # fmt: skip
         self.models, self.transfer, self.scale = models, transfer, scale
         self.channels = channel_count(models)
+        self.probes = Probes(probes, _PROBE_STEPS) if probes else None
+        self.probe_in = nn.Linear(max(probes, 1), width, bias=False)
         self.node_in = nn.Linear(NODE_FEATURES, width)
         self.value_in = nn.Sequential(
             nn.Linear(VECTOR_FEATURES + _VALUE_FEATURES * models, width), nn.GELU(), nn.Linear(width, width)
@@ -89,7 +96,8 @@ class OperatorMetanet(Metanet):
             Round(width, hidden or 2 * width, self.channels, attributes, dropout) for _ in range(rounds)
         )
         self.out_norm = nn.LayerNorm(width)
-        self.readout = GraphReadout(width, embedding, outputs, dropout, models=models, transfer=transfer)
+        self.state_width = width + probes
+        self.readout = GraphReadout(self.state_width, embedding, outputs, dropout, models=models, transfer=transfer)
 
     # ---------------------------------------------------------------- the contract
 
@@ -120,7 +128,10 @@ class OperatorMetanet(Metanet):
         return found
 
     def states(self, batch: Batch) -> Tensor:
-        """The state of every axis element, ``(nodes, width)``, in the order of the batch."""
+        """The state of every axis element in the order of the batch, ``(nodes, state_width)``.
+
+        The last ``probes`` columns are its values for the learned inputs.
+        """
         dtype = self.node_in.weight.dtype
         if batch.models != self.models:
             raise MetanetError(f"this metanet reads {self.models} networks on one wiring, found {batch.models}")
@@ -129,10 +140,13 @@ class OperatorMetanet(Metanet):
             row = torch.cat((batch.value_features.to(dtype), _value_features(batch.values.to(dtype))), dim=1)
             h = h.index_add(0, batch.value_node, self.value_in(row).to(h.dtype))
         prepared = [Operators(b, self.transfer, dtype) for b in batch.buckets]
+        values = h[:, :0]
+        if self.probes is not None:
+            values = self.probes(batch, prepared)
+            h = h + self.probe_in(values)
         for step in self.rounds:
             h = step(h, batch, prepared)
-        found: Tensor = self.out_norm(h)
-        return found
+        return torch.cat((self.out_norm(h), values), dim=1)
 
 
 class Operators:
@@ -151,6 +165,7 @@ class Operators:
             attributes.append(relative_scales(scales, fan_in * positions).to(dtype))
         self.attributes = torch.cat(attributes, dim=1)
         self.coordinates = bucket.coordinates.to(dtype)
+        self.natural = torch.where(lookup > 0, fan_in.rsqrt(), torch.ones_like(fan_in)).to(dtype)
         # A table of lookups is read one row at a time: its sums are over rows that never meet.
         natural = torch.where(lookup > 0, fan_in.rsqrt(), torch.ones_like(fan_in))
         along, against = _channel_scales(scales, natural, fan_in * positions), _channel_scales(

@@ -30,6 +30,9 @@ ACTIVATIONS = (
     "rms_norm", "other",
 )  # fmt: skip
 
+# Those that act on each neuron alone.
+POINTWISE = ACTIVATIONS[:10]
+
 _GRID = 3  # places on a grid have at most three coordinates of their own
 _PERIODS = tuple(2.0**k for k in range(1, 9))
 _OFFSETS = (1.0, 2.0, 4.0, 8.0)
@@ -65,11 +68,12 @@ class BlockPart:
 
 @dataclass(frozen=True, eq=False)
 class VectorPart:
-    """A vector over nodes ``(rows, width)``: ``node (rows,)``, ``features (width, VECTOR_FEATURES)``."""
+    """A vector over nodes ``(rows, width)``: ``node (rows,)``, ``features (width, VECTOR_FEATURES)``, and its role."""
 
     vector: Vector
     node: Tensor
     features: Tensor
+    role: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,9 @@ class Structure:
     """Nodes ``0 … num_nodes - 1`` in cells ``0 … num_cells - 1``, and what lies between them.
 
     ``nodes (num_nodes, NODE_FEATURES)``: movable or not, input or output, activations, and for what is pinned
-    which one it is. ``cell (num_nodes,)``; ``marks (num_cells, 2)``: input, output. ``links (2, n)``: nodes
+    which one it is. ``cell (num_nodes,)``; ``activation (num_nodes,)``: number in ``ACTIVATIONS`` of the function
+    that is applied to a node, -1 for none, and ``frequency (num_nodes,)`` that of a sine. Vectors are in the order of
+    their use. ``marks (num_cells, 2)``: input, output. ``links (2, n)``: nodes
     that are part of others, from the part to the whole. ``skipped``: tensors that are no features (integers:
     counters, indices; scalars of no node).
     """
@@ -85,6 +91,8 @@ class Structure:
     num_nodes: int
     nodes: Tensor
     cell: Tensor
+    activation: Tensor
+    frequency: Tensor
     marks: Tensor
     cells: tuple[Cell, ...]
     blocks: tuple[BlockPart, ...]
@@ -129,7 +137,9 @@ def _build(graph: ParameterGraph, wiring: Wiring) -> Structure:
     order = [n for n in wiring.roles if n in graph.shapes]
     depth = {n: i / max(len(order) - 1, 1) for i, n in enumerate(order)}
     blocks = tuple(_block(graph, wiring, b, depth) for b in graph.blocks if b.tensor in usable and b.numel)
-    vectors = tuple(_vector(graph, wiring, v, depth) for v in graph.vectors if v.tensor in usable and v.numel)
+    used = [v for v in graph.vectors if v.tensor in usable and v.numel]
+    used.sort(key=lambda v: depth.get(v.tensor, 0.5))
+    vectors = tuple(_vector(graph, wiring, v, depth) for v in used)
     if not blocks and not vectors:
         raise MetanetError(f"no weights to read: none of the {len(graph.shapes)} tensors lies on an axis")
     links = [torch.empty(2, 0, dtype=torch.long)]
@@ -141,6 +151,8 @@ def _build(graph: ParameterGraph, wiring: Wiring) -> Structure:
         num_nodes=graph.num_nodes,
         nodes=torch.cat([_node_features(c, wiring) for c in cells]),
         cell=torch.arange(len(cells)).repeat_interleave(sizes),
+        activation=torch.tensor([_activation(c, wiring) for c in cells]).repeat_interleave(sizes),
+        frequency=torch.tensor([_frequency(c, wiring) for c in cells]).repeat_interleave(sizes),
         marks=torch.tensor([[c.mark == "input", c.mark == "output"] for c in cells], dtype=torch.float32),
         cells=cells,
         blocks=blocks,
@@ -164,6 +176,16 @@ def _node_features(cell: Cell, wiring: Wiring) -> Tensor:
     for k, (at, n) in enumerate(columns):
         index[:, k] = _index_features(at, n)
     return torch.cat((own.expand(cell.size, -1), index.flatten(1)), dim=1)
+
+
+def _activation(cell: Cell, wiring: Wiring) -> int:
+    """The pointwise function that comes first in ``ACTIVATIONS`` of those that a cell goes through; -1: none."""
+    seen = {a for f in cell.factors for a in wiring.activations.get(f, ())}
+    return next((k for k, a in enumerate(POINTWISE) if a in seen), -1)
+
+
+def _frequency(cell: Cell, wiring: Wiring) -> float:
+    return next((wiring.frequencies[f] for f in cell.factors if f in wiring.frequencies), 1.0)
 
 
 def _index_features(at: Tensor, size: int) -> Tensor:
@@ -204,7 +226,8 @@ def _vector(graph: ParameterGraph, wiring: Wiring, vector: Vector, depth: dict[s
     coordinates, _ = _coordinates(wiring, vector)
     own = torch.cat((_depth_features(depth.get(vector.tensor, 0.5)), _role_features(wiring, vector.tensor)))
     features = torch.cat((own.expand(vector.width, -1), coordinates), dim=1)
-    return VectorPart(vector, vector.index() + graph.cells[vector.dst].start, features)
+    role = wiring.roles.get(vector.tensor, "other")
+    return VectorPart(vector, vector.index() + graph.cells[vector.dst].start, features, role)
 
 
 def _coordinates(wiring: Wiring, part: Vector) -> tuple[Tensor, tuple[object, ...]]:

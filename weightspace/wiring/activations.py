@@ -83,6 +83,8 @@ class _Moment:
 class _Note:
     name: str
     dims: list[Dim] = field(default_factory=list)
+    # What a sine's argument is multiplied by.
+    slope: float | None = None
 
 
 class ActivationBook:
@@ -139,7 +141,7 @@ class ActivationBook:
             name = _PRODUCTS[op]
         if name in ("maximum", "minimum") and len(given) < 2:
             name = "clamp"
-        made = self._add(name, dims(out)) if name else ()
+        made = self._add(name, dims(out), _slope(points[0].grid) if name == "sin" and one else None) if name else ()
         if grid is not None:
             self._points[id(out)] = _Point(points[0].root, grid, (*notes, *made))
 
@@ -223,10 +225,15 @@ class ActivationBook:
 
     # ---------------------------------------------------------------- the result
 
-    def _add(self, name: str, dims: list[Dim]) -> tuple[int, ...]:
+    def _add(self, name: str, dims: list[Dim], slope: float | None = None) -> tuple[int, ...]:
         self._count += 1
-        self._notes[self._count] = _Note(name, [list(d) for d in dims])
+        self._notes[self._count] = _Note(name, [list(d) for d in dims], slope)
         return (self._count,)
+
+    def frequencies(self, atoms: Callable[[Dim], list[Atom]]) -> list[tuple[float, list[Atom]]]:
+        """What the arguments of sines are multiplied by, in order, with the atoms that these are applied along."""
+        notes = [note for _, note in sorted(self._notes.items()) if note.slope is not None]
+        return [(n.slope or 0.0, list(dict.fromkeys(a for d in n.dims for a in atoms(d)))) for n in notes]
 
     def of(self, atoms: Callable[[Dim], list[Atom]]) -> list[tuple[str, list[Atom]]]:
         """What was applied in order, with the primitive atoms that it was applied along."""
@@ -244,6 +251,14 @@ def _known(grid: torch.Tensor) -> str | None:
     if not grid.is_floating_point():
         return None
     return next((name for name, y in _named_functions() if torch.allclose(grid, y, rtol=1e-6, atol=1e-6)), None)
+
+
+def _slope(grid: torch.Tensor) -> float | None:
+    """The slope of a function that is linear on the grid."""
+    low, high, _ = _GRID
+    slope = float(grid[-1] - grid[0]) / (high - low)
+    line = grid[0] + slope * (torch.linspace(*_GRID, dtype=torch.float64) - low)
+    return slope if torch.allclose(grid.to(torch.float64), line, rtol=1e-6, atol=1e-6) else None
 
 
 def _is(grid: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> bool:

@@ -37,6 +37,7 @@ def resolve(trace: Trace, program: Program) -> Wiring:
         layouts, shapes, factors, origin=program.origin, program=program, missing=trace.missing,
         untouched=trace.untouched, notes=tuple(notes), reads=trace.reads,
         roles=trace.roles, activations=_activations(trace, names),
+        frequencies={names[a]: slope for slope, atoms in reversed(trace.frequencies) for a in atoms if a in names},
     )  # fmt: skip
 
 

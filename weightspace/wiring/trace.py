@@ -73,6 +73,7 @@ class Trace:
     # What each named tensor does, in order of first use, and which functions run along which atoms.
     roles: dict[str, Role] = field(default_factory=dict)
     activations: list[tuple[str, list[Atom]]] = field(default_factory=list)
+    frequencies: list[tuple[float, list[Atom]]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -524,4 +525,5 @@ def trace(program: Program) -> Trace:
     return Trace(
         ledger, labels, tracer.missing, untouched, list(ledger.conflicts), tracer.reads,
         tracer.roles.roles(list(tensors)), tracer.activations.of(ledger.leaves),
+        tracer.activations.frequencies(ledger.leaves),
     )  # fmt: skip

@@ -139,6 +139,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         reads: Mapping[str, int] | None = None,
         roles: Mapping[str, Role] | None = None,
         activations: Mapping[str, tuple[str, ...]] | None = None,
+        frequencies: Mapping[str, float] | None = None,
     ) -> None:
         self.layouts = dict(layouts)
         self.shapes = dict(shapes)
@@ -157,6 +158,8 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         self.roles: dict[str, Role] = dict(roles or {})
         # Per factor, the nonlinear functions seen on intermediate values that carry it, in order of appearance.
         self.activations = dict(activations or {})
+        # Of a factor that goes through a sine, what the argument is multiplied by first (30 in SIREN).
+        self.frequencies = dict(frequencies or {})
         # What was worked out from this wiring and is asked for again.
         self.kept: dict[str, object] = {}
         self._tensors, self.axes = _axes(self.layouts, self.shapes, self.factors)
@@ -254,6 +257,7 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
             "origin": self.origin, "status": self.status, "proof": self.proof, "program": self.program,
             "missing": self.missing, "untouched": self.untouched, "notes": self.notes, "reads": self.reads,
             "roles": self.roles, "activations": self.activations,
+            "frequencies": self.frequencies,
         }  # fmt: skip
         factors = changes.pop("factors", self.factors)
         layouts = changes.pop("layouts", self.layouts)
