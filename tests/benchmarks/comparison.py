@@ -67,6 +67,11 @@ class Results:
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
 
 
+def wanted(name: str, methods: Sequence[str] | None, skip: Sequence[str] = ()) -> bool:
+    """Is a method among those that were asked for?"""
+    return (not methods or any(m in name for m in methods)) and not any(m in name for m in skip)
+
+
 def run_metanet(
     name: str,
     config: Mapping[str, Any],

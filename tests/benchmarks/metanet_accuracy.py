@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tests.benchmarks.comparison import OURS, REFERENCES, Results, Row, Split, Values, run_metanet, table
+from tests.benchmarks.comparison import OURS, REFERENCES, Results, Row, Split, Values, run_metanet, table, wanted
 from weightspace.metanets.data import Sample, load_samples, split
 from weightspace.metanets.flat import FlatBaseline
 from weightspace.metanets.metrics import kendall_tau, mean_absolute_error, r_squared
@@ -46,15 +46,16 @@ def main() -> None:
     parser.add_argument("zoos", nargs="+", type=Path, help="folders of populations")
     parser.add_argument("--target", default="test_accuracy", help="field of the record")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name contains one of these")
     parser.add_argument("--results", type=Path, help="JSON-lines file to add to and go on from")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = Results(options.results)
     for zoo in options.zoos:
-        compare(zoo, options.target, options.seeds, options.epochs, options.methods, results)
+        compare(zoo, options.target, options.seeds, options.epochs, options.methods, options.skip, results)
     for zoo in options.zoos:
         own = results.find(zoo=zoo.name)
         if own:
@@ -63,25 +64,22 @@ def main() -> None:
 
 
 def compare(
-    zoo: Path, target: str, seeds: int, epochs: int, methods: Sequence[str] | None, results: Results
-) -> None:
+    zoo: Path, target: str, seeds: int, epochs: int, methods: Sequence[str] | None, skip: Sequence[str],
+    results: Results,
+) -> None:  # fmt: skip
     """Every method on every seed's split of one population."""
-
-    def wanted(name: str) -> bool:
-        return not methods or any(m in name for m in methods)
-
     samples = load_samples(zoo)
     print(f"{zoo.name}: {samples!r}", flush=True)
     for seed in range(seeds):
         train, validation, test = split(samples, (0.65, 0.1, 0.25), seed)
         parts = Split(train, validation, {"unseen runs": test})
         for name, options in FLAT.items():
-            if wanted(name):
+            if wanted(name, methods, skip):
                 run_flat(name, options, parts, target, seed, results, {"zoo": zoo.name})
-        if wanted("chance"):
+        if wanted("chance", methods, skip):
             chance(parts, target, seed, results, zoo.name)
         for name, config in {**OURS, **REFERENCES}.items():
-            if wanted(name):
+            if wanted(name, methods, skip):
                 run_metanet(
                     name, config, parts, seed, scores(target), results, {"zoo": zoo.name}, target=target, epochs=epochs,
                     batch=32, average=0.98,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.comparison import OURS, REFERENCES, Results, Split, run_metanet, table
+from tests.benchmarks.comparison import OURS, REFERENCES, Results, Split, run_metanet, table, wanted
 from tests.benchmarks.metanet_accuracy import run_flat, scores
 from weightspace.metanets.data import Sample, load_samples, split
 
@@ -25,8 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path, help="folder made by `weightspace zoo build mixed`")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name contains one of these")
     parser.add_argument("--without", nargs="*", help="families to leave out in turn (default: each)")
     parser.add_argument("--results", type=Path, help="JSON-lines file to add to and go on from")
     options = parser.parse_args()
@@ -59,13 +60,13 @@ def run(parts: Split, without: str, seed: int, options: argparse.Namespace, resu
     """Every method on one split."""
     key = {"without": without}
     for name, config in {**OURS, **REFERENCES}.items():
-        if not options.methods or any(m in name for m in options.methods):
+        if wanted(name, options.methods, options.skip):
             run_metanet(
                 name, config, parts, seed, scores("test_accuracy"), results, key, target="test_accuracy",
                 epochs=options.epochs, batch=32, average=0.98,
             )  # fmt: skip
     for name, kind in (("statistics + ridge", "ridge"), ("statistics + boosting", "boosting")):
-        if not options.methods or any(m in name for m in options.methods):
+        if wanted(name, options.methods, options.skip):
             run_flat(name, {"kind": kind, "activation": True}, parts, "test_accuracy", seed, results, key)
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tests.benchmarks.comparison import REFERENCES, Results, Split, run_metanet, table
+from tests.benchmarks.comparison import REFERENCES, Results, Split, run_metanet, table, wanted
 from tests.benchmarks.metanet_accuracy import run_flat, scores
 from weightspace.graph import ParameterGraph
 from weightspace.metanets.data import Sample, load_samples, split
@@ -36,8 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path, help="folder made by `weightspace zoo build widths`")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name contains one of these")
     parser.add_argument("--results", type=Path, help="JSON-lines file to add to and go on from")
     options = parser.parse_args()
     samples = load_samples(options.zoo)
@@ -52,13 +53,13 @@ def main() -> None:
         tests = {name: found for name, found in tests.items() if found}
         parts = Split(train, validation, tests)
         for name, config in {**OURS, **REFERENCES}.items():
-            if not options.methods or any(m in name for m in options.methods):
+            if wanted(name, options.methods, options.skip):
                 run_metanet(
                     name, config, parts, seed, scores("test_accuracy"), results, {}, target="test_accuracy",
                     epochs=options.epochs, batch=32, average=0.98,
                 )  # fmt: skip
         for name, kind in (("statistics + ridge", "ridge"), ("statistics + boosting", "boosting")):
-            if not options.methods or any(m in name for m in options.methods):
+            if wanted(name, options.methods, options.skip):
                 run_flat(name, {"kind": kind}, parts, "test_accuracy", seed, results, {})
     print()
     print(table(results.rows, ("tau", "r2", "mae", "seconds"), ("method", "test")))
