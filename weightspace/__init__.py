@@ -9,6 +9,8 @@ of a whole zoo of networks::
     wiring = ws.wiring(ckpt)                   # which axes are the same axis; proved by running
     graph = ws.graph(ckpt, wiring)             # nodes are axis elements, edges are weights
     zoo = ws.Zoo("models/")                    # index a folder, then zoo.similar("model.safetensors")
+    ws.embed(ckpt).vector                      # by the pretrained encoder, with its range of applicability
+    ws.predict_accuracy(ckpt)                  # of an image classifier, from its weights, with an interval
 
 Names are imported on first use, so that ``import weightspace`` costs little beyond torch.
 """
@@ -33,6 +35,8 @@ _EXPORTS = {
     "graph": "weightspace.graph",
     "ParameterGraph": "weightspace.graph",
     "Zoo": "weightspace.zoo",
+    "embed": "weightspace.pretrained",
+    "predict_accuracy": "weightspace.pretrained",
     "errors": "weightspace.errors",
 }
 
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
     from weightspace.checkpoint import open as open
     from weightspace.graph import ParameterGraph as ParameterGraph
     from weightspace.graph import graph as graph
+    from weightspace.pretrained import embed as embed
+    from weightspace.pretrained import predict_accuracy as predict_accuracy
     from weightspace.wiring import wiring as wiring
     from weightspace.wiring.axis import Axis as Axis
     from weightspace.wiring.axis import Factor as Factor

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,7 @@ app.add_typer(zoo_app, name="zoo")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", help="Worker processes (default: one per core).")]
+By = Literal["auto", "encoder", "descriptor"]
 ZooFolder = Annotated[
     Path | None,
     typer.Option("--zoo", help="The zoo's folder (default: the nearest indexed folder above FILE)."),
@@ -82,13 +83,23 @@ def similar(
     file: Annotated[str, typer.Argument(help="A model file, file!member, or the name of a model in the zoo.")],
     zoo: ZooFolder = None,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours.", min=1)] = 10,
+    by: Annotated[By, typer.Option(help="Whose distances: encoder (inside its range), descriptor, or auto.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """The models of a zoo nearest to FILE, with distances: 0 is the same network up to symmetry."""
+    """The models of a zoo nearest to FILE, with distances: 0 is the same network up to symmetry.
+
+    By the pretrained encoder where FILE is inside its range, models outside after the others; else by the
+    training-free descriptor.
+    """
     found = _zoo_of(file, zoo)
-    neighbours = found.similar(file, k)
+    neighbours = found.similar(file, k, by)
     if as_json:
-        _print_json([{"name": n.name, "distance": n.distance, "path": str(n.path)} for n in neighbours])
+        _print_json(
+            [
+                {"name": n.name, "distance": n.distance, "measure": n.measure, "path": str(n.path)}
+                for n in neighbours
+            ]
+        )
     else:
         _show_neighbours(file, neighbours)
 
@@ -355,6 +366,7 @@ def _show_neighbours(query: str, neighbours: list[Neighbour]) -> None:
         rows.append(
             (
                 f"{neighbour.distance:.6f}",
+                neighbour.measure,
                 neighbour.name,
                 str(card["architecture"]),
                 f"{card['parameters']:,}",
@@ -362,7 +374,7 @@ def _show_neighbours(query: str, neighbours: list[Neighbour]) -> None:
                 relation,
             )
         )
-    columns = ("distance", "model", "architecture", "parameters", "wiring", "record")
+    columns = ("distance", "by", "model", "architecture", "parameters", "wiring", "record")
     _console().print(_table(f"nearest to {query}", columns, rows))
 
 

@@ -6,15 +6,17 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weightspace.errors import UnknownFormatError, WeightspaceError
 from weightspace.zoo.store import FileStamp, ModelRow
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
+    from weightspace.wiring.wiring import Wiring
 
 _CHUNK = 1 << 20
 
@@ -86,15 +88,40 @@ def models_in(path: Path, name: str) -> Iterator[tuple[Checkpoint, str]]:
         yield checkpoint.open(address), name + address.removeprefix(str(path))
 
 
-def describe_model(ckpt: Checkpoint, model: str, path: str, sha256: str) -> tuple[ModelRow, tuple[str, ...]]:
-    """The index entry of one checkpoint, and the names of the tensors that its embedding speaks of."""
+def describe_model(
+    ckpt: Checkpoint, model: str, path: str, sha256: str, read: bool = True
+) -> tuple[ModelRow, tuple[str, ...]]:
+    """The index entry of one checkpoint, and the names of the tensors that its descriptor speaks of.
+
+    With ``read`` the pretrained metanets read it as well, if it is in their range.
+    """
     from weightspace.card import card_and_wiring
     from weightspace.retrieval import describe
 
     card, wiring = card_and_wiring(ckpt, model)
     description = describe(ckpt, wiring)
-    row = ModelRow(model, path, sha256, card.to_dict(), description.vector.astype(np.float32))
-    return row, description.used
+    learned, reading = _read(ckpt, wiring) if read else (None, {})
+    vector = description.vector.astype(np.float32)
+    return ModelRow(model, path, sha256, card.to_dict(), vector, learned, reading), description.used
+
+
+def _read(ckpt: Checkpoint, wiring: Wiring | None) -> tuple[NDArray[np.float32] | None, dict[str, Any]]:
+    """Vector of the pretrained encoder (None outside its limits), and what else the pretrained metanets say."""
+    from weightspace.pretrained.reading import outside, read_wired
+    from weightspace.pretrained.model import shipped
+
+    try:
+        found = outside("no wiring was found") if wiring is None else read_wired(ckpt, wiring, shipped())
+    except WeightspaceError as error:
+        # Weights that are not finite, say: such a model is described all the same.
+        found = outside(_one_line(error))
+    where = found.applicability
+    reading: dict[str, Any] = {"inside": where.inside, "score": where.score, "reason": where.reason}
+    if found.prediction.applicability.inside:
+        said = found.prediction
+        reading |= {"accuracy": said.value, "accuracy_low": said.low, "accuracy_high": said.high}
+    vector = None if found.vector is None else found.vector.numpy().astype(np.float32)
+    return vector, reading
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -86,15 +86,15 @@ class Store:
     ``dimension`` is the length of the descriptors and ``version`` names how they are made: an index of other
     descriptors is emptied on opening for writing and refused on opening for reading. ``learned`` is the same for the
     vectors of the pretrained encoder: those of another one are forgotten on opening for writing, and their
-    files are noted as to be looked at again; on opening for reading they are as if they were not there.
+    files are noted as to be looked at again; on opening for reading they are as if they were not there. Without
+    ``learned`` an index is read as it is, and written without such vectors.
     """
 
     def __init__(
-        self, folder: Path, dimension: int, version: str, write: bool = True, learned: tuple[int, str] = (0, "")
+        self, folder: Path, dimension: int, version: str, write: bool = True, learned: tuple[int, str] | None = None
     ) -> None:
         self.folder = folder
         self.dimension = dimension
-        self._length, encoder = learned
         self._vectors = folder / "embeddings.f32"
         self._learned = folder / "learned.f32"
         database = folder / "index.sqlite"
@@ -116,6 +116,10 @@ class Store:
                 f"{folder} and index again: it holds nothing that cannot be made again"
             ) from error
         described = {"dimension": str(dimension), "embedding": version}
+        if learned is None:
+            length, _, encoder = found.get("learned", "").partition("/") if not write else ("", "", "")
+            learned = (int(length or 0), encoder)
+        self._length, encoder = learned
         wanted = {"schema": str(SCHEMA), **described, "learned": f"{self._length}/{encoder}"}
         usable = found.get("schema") in _READABLE and described.items() <= found.items()
         # Whether the second vectors are those of the encoder that is asked for.

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from weightspace.errors import ZooError
 from weightspace.paths import cache_dir
 from weightspace.zoo.examine import Examined, examine, models_in, stamp_of
-from weightspace.zoo.store import FileStamp, Store
+from weightspace.zoo.store import FileStamp, ModelRow, Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,16 +24,22 @@ if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
 
 INDEX_FOLDER = ".weightspace"
+Measure = Literal["encoder", "descriptor"]
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A model of the zoo and its distance from the one asked about; 0 is the same up to symmetry."""
+    """A model of the zoo and its distance from the one asked about; 0 is the same up to symmetry.
+
+    ``measure`` says whose distance it is: that of the pretrained "encoder" (1 is usual between networks trained
+    independently) or that of the training-free "descriptor". The two have different scales and do not compare.
+    """
 
     name: str
     distance: float
     path: Path
     card: Mapping[str, Any]
+    measure: Measure = "descriptor"
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,17 @@ class Zoo:
         index knows are skipped; those that are gone are dropped. Each file is committed on its own: after a
         kill the next run goes on where this one stopped. ``jobs`` is the number of worker processes
         (default: one per core, fewer when there is little to do); ``force`` describes everything anew.
+        Beside its training-free descriptor every model in the range of the pretrained encoder gets its vector. An
+        index without these, or of another encoder, is brought up to date file by file, and serves until then.
         """
         from time import perf_counter
 
         from filelock import FileLock, Timeout
+
+        from weightspace.pretrained import shipped
+
+        # Damaged files of the package are one error here, and not one for every model.
+        shipped()
 
         started = perf_counter()
         if self.index_folder == self.folder / INDEX_FOLDER and not _writable(self.folder):
@@ -106,7 +119,11 @@ class Zoo:
             ) from error
 
     def table(self) -> pd.DataFrame:
-        """One row per model: what its card says, and its training record where it has one."""
+        """One row per model: what its card says, and its training record where it has one.
+
+        ``inside`` is whether the pretrained encoder's range holds it, and ``predicted_accuracy`` with its 90 %
+        interval what the pretrained predictor says of an image classifier in its own range; not numbers elsewhere.
+        """
         import pandas as pd
 
         with self._store(write=False) as store:
@@ -127,6 +144,10 @@ class Zoo:
                 "error": card["error"],
                 "movable": card["movable"],
                 "findings": len(card["findings"]),
+                "inside": bool(model.reading.get("inside")),
+                "predicted_accuracy": _number(model.reading.get("accuracy")),
+                "predicted_low": _number(model.reading.get("accuracy_low")),
+                "predicted_high": _number(model.reading.get("accuracy_high")),
                 "sha256": model.sha256,
             }
             rows.append({**{key: value for key, value in record.items() if key not in columns}, **columns})
@@ -134,40 +155,63 @@ class Zoo:
         return frame.set_index("name") if rows else frame
 
     def embeddings(self) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
-        """Names of all models and their embeddings, (models, features), float32."""
+        """Names of all models and their training-free descriptors, (models, features), float32."""
         with self._store(write=False) as store:
             return store.embeddings()
 
     def similar(
-        self, x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor], k: int = 10
+        self,
+        x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor],
+        k: int = 10,
+        by: Literal["auto", "encoder", "descriptor"] = "auto",
     ) -> list[Neighbour]:
         """The ``k`` models of the zoo nearest to ``x``, nearest first.
 
         ``x`` is a file (also ``file!member``), a checkpoint, named tensors, or the name of a model in the
         zoo. A model of the zoo is not its own neighbour; a copy of it is, at distance 0.
-        Raises ``ZooError`` when the zoo has no index yet or holds no model.
+
+        ``by`` is the measure: that of the pretrained ``"encoder"``, which holds for models inside its range alone, or
+        the training-free ``"descriptor"``, which holds for any. ``"auto"`` takes the encoder where the model
+        asked about is inside: the models inside come first, by its distance, and then the others, by that of the
+        descriptor. Where it is outside, all are by the descriptor. Every neighbour says what its ``measure`` is,
+        and within one measure they are in order; no distance of one is ever ranked against the other's.
+
+        Raises ``ZooError`` when the zoo has no index yet or holds no model, and for ``by="encoder"`` when the model
+        asked about is outside the range, with the reason, or no model of the zoo is inside.
         """
         from weightspace.retrieval import distances
 
-        with self._store(write=False) as store:
+        if by not in ("auto", *get_args(Measure)):
+            raise ZooError(f"similar: by is {by!r}; expected 'auto', 'encoder' or 'descriptor'")
+        with self._store(write=False, encoder=by != "descriptor") as store:
             names, vectors = store.embeddings()
             if not names:
                 raise ZooError(
                     f"the index of {self.folder} holds no model; run `weightspace index` on it first"
                 )
-            own, query = self._query(store, x)
-            order = distances(np.asarray(query, dtype=np.float64), np.asarray(vectors, dtype=np.float64))
-            neighbours: list[Neighbour] = []
-            for position in np.argsort(order, kind="stable"):
-                name = names[int(position)]
-                if name == own:
-                    continue
-                if len(neighbours) == k:
-                    break
-                model = store.model(name)
+            own, query = self._query(store, x, read=by != "descriptor")
+            others = [i for i, name in enumerate(names) if name != own]
+            plain = distances(np.asarray(query.embedding, dtype=np.float64), np.asarray(vectors, dtype=np.float64))
+            ranked: list[tuple[int, float, Measure]] = []
+            if by != "descriptor" and self._learned(store, query, by):
+                learned, inside = store.learned()
+                away = np.linalg.norm(learned.astype(np.float64) - np.asarray(query.learned, dtype=np.float64), axis=1)
+                known = sorted((i for i in others if inside[i]), key=lambda i: (away[i], plain[i]))
+                ranked = [(i, float(away[i]), "encoder") for i in known]
+                others = [i for i in others if not inside[i]]
+                if by == "encoder" and not ranked:
+                    raise ZooError(
+                        f"no other model of {self.folder} is inside the range of the pretrained encoder; "
+                        "ask with by='descriptor', or run `weightspace index` if the index is an older one"
+                    )
+            if by != "encoder":
+                ranked += [(i, float(plain[i]), "descriptor") for i in sorted(others, key=lambda i: plain[i])]
+            neighbours = []
+            for position, distance, measure in ranked[:k]:
+                model = store.model(names[position])
                 assert model is not None
                 neighbours.append(
-                    Neighbour(name, float(order[position]), self.folder / model.path, model.card)
+                    Neighbour(model.name, distance, self.folder / model.path, model.card, measure)
                 )
         return neighbours
 
@@ -182,28 +226,48 @@ class Zoo:
             return store.outcomes("ignored")
 
     @contextmanager
-    def _store(self, write: bool) -> Iterator[Store]:
+    def _store(self, write: bool, encoder: bool = False) -> Iterator[Store]:
+        """The index; with ``encoder`` its vectors are those of the pretrained encoder or none."""
         from weightspace.retrieval.descriptor import DIMENSION, VERSION
 
-        store = Store(self.index_folder, DIMENSION, f"descriptor-{VERSION}", write)
+        learned = None
+        if write or encoder:
+            from weightspace.pretrained import shipped
+
+            learned = (shipped().dimension, shipped().name)
+        store = Store(self.index_folder, DIMENSION, f"descriptor-{VERSION}", write, learned)
         try:
             yield store
         finally:
             store.close()
 
+    def _learned(self, store: Store, query: ModelRow, by: str) -> bool:
+        """Whether the encoder can be asked; raises where it was asked for by name and cannot."""
+        inside = bool(query.reading.get("inside")) and query.learned is not None
+        if inside and store.has_learned:
+            return True
+        if by == "encoder":
+            if not store.has_learned:
+                reason = "the index was made without this encoder; run `weightspace index` on its folder again"
+            else:
+                reason = str(query.reading.get("reason") or "the index was not brought up to date")
+                reason = f"{query.name} is outside the range of the pretrained encoder: {reason}"
+            raise ZooError(f"{reason} (by='descriptor' works for any model)")
+        return False
+
     def _query(
-        self, store: Store, x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
-    ) -> tuple[str | None, np.ndarray[Any, np.dtype[np.float32]]]:
-        """Name in the zoo (None for a model from elsewhere) and embedding of what is asked about."""
+        self, store: Store, x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor], read: bool
+    ) -> tuple[str | None, ModelRow]:
+        """Name in the zoo (None for a model from elsewhere) and the entry of what is asked about."""
         from weightspace import checkpoint
         from weightspace.zoo.examine import describe_model
 
         if isinstance(x, Mapping):
             opened = x if isinstance(x, checkpoint.Checkpoint) else checkpoint.from_tensors(x)
-            return None, describe_model(opened, "query", "", "")[0].embedding
+            return None, describe_model(opened, "query", "", "", read)[0]
         known = store.model(str(x))
         if known is not None and not Path(x).exists():
-            return known.name, known.embedding
+            return known.name, known
         text = str(x)
         path = Path(text)
         member = None
@@ -219,7 +283,7 @@ class Zoo:
             fresh = stamp is not None and (stamp.size, stamp.mtime_ns) == stamp_of(resolved)
             indexed = store.model(name)
             if indexed is not None and fresh:
-                return name, indexed.embedding
+                return name, indexed
         else:
             name = path.name + (f"!{member}" if member else "")
         for opened, model in models_in(path, name.partition("!")[0] if member else name):
@@ -227,7 +291,7 @@ class Zoo:
                 raise ZooError(f"{text} holds several models; ask about one of them, such as {model!r}")
             if model == name:
                 inside = name if resolved.is_relative_to(self.folder) else None
-                return inside, describe_model(opened, model, "", "")[0].embedding
+                return inside, describe_model(opened, model, "", "", read)[0]
         raise ZooError(f"{path} has no model named {member!r}")
 
     def _update(
@@ -335,6 +399,10 @@ def _is_weights(name: str) -> bool:
 
 def _in_model_folder(name: str) -> bool:
     return _is_weights(name) or name.endswith((".json", ".txt", ".md", ".model", ".jinja"))
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
 
 
 def _stamp_or_none(path: Path) -> tuple[int, int] | None:

@@ -1,0 +1,74 @@
+"""What the pretrained metanets are worth on networks they have not seen, beside the descriptor and chance.
+
+    python tests/benchmarks/encoder.py models/families models/wild-park … [--json]
+
+Each argument is a population's folder, named after its recipe (``weightspace zoo build`` makes them). Of populations
+that the shipped metanets learned from, the runs of their test part are asked, by the split of ``recipe.toml``; of any
+other all. Prints Markdown tables: retrieval, intervals of the predicted accuracy, and applicability.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from weightspace.metanets.data import Sample, load_samples
+from weightspace.pretrained import shipped
+from weightspace.pretrained.card import applicability_table, coverage_table, retrieval_table
+from weightspace.pretrained.evaluation import Coverage, Inside, Recall, applicability, coverage, retrieval
+from weightspace.pretrained.networks import cleaned, parts
+from weightspace.pretrained.recipe import Source, load
+
+MOST = 400
+
+
+def pools(folders: list[Path]) -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
+    """Test networks of the populations that were learned from, and of those that were held out, by name."""
+    recipe = load()
+    tests: dict[str, list[Sample]] = {}
+    held: dict[str, list[Sample]] = {}
+    for folder in folders:
+        own = [s for s in recipe.sources if s.recipe == folder.resolve().name]
+        samples = load_samples(folder)
+        for source in own:
+            found = parts(recipe, source, samples)
+            (held if source.held_out else tests)[source.name] = found.test
+        if not own:
+            source = Source(folder.resolve().name)
+            held[source.name] = [cleaned(s, source.recipe) for s in samples]
+    return tests, held
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = shipped()
+    tests, held = pools(arguments.folders)
+    joined = {"held-out runs": [s for part in tests.values() for s in part]} if tests else {}
+    recalls: list[Recall] = list(retrieval(model, {**joined, **held}, most=MOST))
+    labelled = {
+        name: [s for s in part if isinstance(s.record.get("test_accuracy"), float)]
+        for name, part in {**tests, **held}.items()
+    }
+    covered: list[Coverage] = list(coverage(model, {name: part for name, part in labelled.items() if part}))
+    inside: list[Inside] = list(applicability(model, {**tests, **held}))
+    if arguments.json:
+        rows = {"retrieval": recalls, "coverage": covered, "applicability": inside}
+        print(json.dumps({"model": model.name, **{k: [asdict(r) for r in v] for k, v in rows.items()}}, indent=2))
+        return 0
+    print(f"{model!r}\n")
+    for text in (retrieval_table(recalls), coverage_table(covered), applicability_table(inside)):
+        print(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
