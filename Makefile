@@ -7,11 +7,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Several processes share the cores, so each of them computes on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint tests wheel clean help
+.PHONY: demo test lint tests pretrain wheel clean help
 
 help:
 	@echo "make demo   train the starter zoo, index it, show similar models and a model card"
 	@echo "make test   ruff, mypy and the tests"
+	@echo "make pretrain  train the pretrained metanets anew, with the populations that are missing (hours)"
 	@echo "make wheel  build dist/*.whl"
 	@echo "make clean  remove what these targets made"
 
@@ -39,6 +40,9 @@ tests: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: lint tests
+
+pretrain: $(VENV)/.dev
+	$(BIN)/python -m weightspace.pretrained
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -115,7 +115,7 @@ def test_an_index_of_descriptors_alone_is_brought_up_to_date_and_loses_nothing(z
     with pytest.raises(ZooError, match="weightspace index"):
         zoo.similar("inside-0.safetensors", by="encoder")
     report = zoo.index(jobs=1, progress=False)
-    assert (report.described, report.models) == (6, 6)
+    assert (report.described, report.models, report.inside) == (6, 6, 4)
     assert zoo.similar("inside-0.safetensors", by="descriptor") == before
     assert zoo.similar("inside-0.safetensors")[0].measure == "encoder"
     assert zoo.index(jobs=1, progress=False).described == 0

@@ -17,7 +17,7 @@ from weightspace.pretrained.networks import populations
 from weightspace.pretrained.recipe import DEFAULT, load
 from weightspace.pretrained.train import left_out, pretrain
 
-MOST = 400
+MOST = 150
 """Networks in a pool of the retrieval figures."""
 
 
@@ -35,18 +35,20 @@ def main() -> int:
     try:
         recipe = load(arguments.recipe)
         found = populations(recipe, arguments.zoos, arguments.data)
-        model = pretrain(recipe, found, arguments.work, arguments.out)
+        model, made = pretrain(recipe, found, arguments.work, arguments.out)
     except WeightspaceError as error:
         print(f"weightspace: {error}", file=sys.stderr)
         return 1
     tests = {p.source.name: p.test for p in found if not p.source.held_out}
     held = {p.source.name: p.test for p in found if p.source.held_out}
     joined = {"held-out runs": [s for part in tests.values() for s in part]}
-    recalls = list(evaluation.retrieval(model, {**joined, **held}, most=MOST))
+    within = {name: [s for s in part if not model.range.limits.excluded(s.graph)] for name, part in held.items()}
+    pools = {**joined, **{name: part for name, part in within.items() if part}}
+    recalls = list(evaluation.retrieval(model, pools, most=MOST))
     accuracies = {p.source.name: p.test for p in found if p.source.accuracy}
     covered = list(evaluation.coverage(model, accuracies))
     inside = list(evaluation.applicability(model, {**tests, **held}))
-    card = model_card(recipe, model, found, recalls, covered, inside, list(left_out(recipe, found, model)))
+    card = model_card(recipe, model, found, recalls, covered, inside, list(left_out(made)))
     (arguments.out / CARD).write_text(card, encoding="utf-8")
     print(card)
     return 0

@@ -82,7 +82,7 @@ def coverage(model: Shipped, pools: Mapping[str, Sequence[Sample]], draws: int =
     for name, samples in pools.items():
         seen = model.see([s.graph for s in samples])
         truth = torch.tensor([float(s.record["test_accuracy"]) for s in samples], dtype=torch.float64)
-        low, high = model.conformal.intervals(seen.accuracies, seen.places)
+        low, high = model.conformal.intervals(seen.accuracies, seen.spots)
         kept = inside(model.accuracy_range, samples, seen)
         table = torch.stack((truth, seen.accuracies, low, high), dim=1)
         rows.append((name, table, kept, [s.group for s in samples]))

@@ -32,6 +32,7 @@ FILES = Path(__file__).resolve().parent / "files"
 ENCODER, ACCURACY, ZOO, CARD = "encoder", "accuracy", "zoo.safetensors", "MODEL_CARD.md"
 _FORMAT, _VERSION = "weightspace-pretrained", 1
 _BATCH = 32
+_PREDICTED = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,11 @@ class Seen:
     def views(self) -> tuple[Tensor, Tensor]:
         """What distances to the training zoo are measured in."""
         return self.codes, self.places
+
+    @property
+    def spots(self) -> Tensor:
+        """Where errors of predicted accuracies are alike: descriptors and the prediction itself, ``(n, ·)``."""
+        return torch.cat((self.places, _PREDICTED * self.accuracies.unsqueeze(1)), dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +145,7 @@ class Shipped:
         found = Applicability(False, 0.0, reason) if reason else self.range.of(seen.views)
         reason = self.accuracy_range.limits.excluded(graph)
         where = Applicability(False, 0.0, reason) if reason else self.accuracy_range.of(seen.views)
-        low, high = self.conformal.intervals(seen.accuracies, seen.places)
+        low, high = self.conformal.intervals(seen.accuracies, seen.spots)
         prediction = Prediction(float(seen.accuracies[0]), float(low[0]), float(high[0]), COVERAGE, where)
         return Reading(self.vectors(seen)[0], found, prediction if where.inside or force else nothing(where))
 
@@ -240,10 +246,14 @@ def shipped() -> Shipped:
     return Shipped.load(FILES)
 
 
-def see(graphs: Sequence[ParameterGraph], encoder: Trained, accuracy: Trained, projection: Projection) -> Seen:
-    """Networks at their canonical points, as they are seen."""
+def see(
+    graphs: Sequence[ParameterGraph], encoder: Trained, accuracy: Trained, projection: Projection,
+    descriptors: Tensor | None = None,
+) -> Seen:  # fmt: skip
+    """Networks at their canonical points, as they are seen; ``descriptors`` are theirs, where known already."""
     codes = F.normalize(encoder.outputs(graphs, _BATCH).double(), dim=1)
-    return Seen(codes, projection(described(graphs)), accuracy.predict(graphs, _BATCH).double())
+    places = projection(described(graphs) if descriptors is None else descriptors)
+    return Seen(codes, places, accuracy.predict(graphs, _BATCH).double())
 
 
 def mixed(seen: Seen, mixture: tuple[float, float]) -> Tensor:

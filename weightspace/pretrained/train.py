@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weightspace.metanets.data import Sample
 from weightspace.metanets.training import Trained, fit
 from weightspace.pretrained.applicability import LEAST, Limits, Range
 from weightspace.pretrained.conformal import Conformal
@@ -24,8 +24,6 @@ from weightspace.pretrained.recipe import Pretraining
 from weightspace.pretrained.views import described
 
 _log = logging.getLogger(__name__)
-
-Parts = Mapping[str, Sequence[Sample]]
 
 
 def train_encoder(recipe: Pretraining, found: Sequence[Population], out: Path) -> Trained:
@@ -50,67 +48,97 @@ def train_accuracy(recipe: Pretraining, found: Sequence[Population], out: Path) 
     return rounded(fit(recipe.accuracy, train, validation, out, resume=True, progress=False))
 
 
-def calibrated(recipe: Pretraining, found: Sequence[Population], encoder: Trained, accuracy: Trained) -> Shipped:
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """Metanets with their ranges and intervals, and the networks behind these by population: ``known`` are those that
+    distances are measured from, ``unseen`` those of calibration."""
+
+    model: Shipped
+    known: Mapping[str, Seen]
+    unseen: Mapping[str, Seen]
+
+
+def calibrated(recipe: Pretraining, found: Sequence[Population], encoder: Trained, accuracy: Trained) -> Calibrated:
     """Both metanets with their ranges and intervals, calibrated on runs that no training has seen."""
     learning = [p for p in found if not p.source.held_out]
-    train = {p.source.name: at_canonical_points(p.train) for p in learning}
-    projection = Projection.fit(described([s.graph for part in train.values() for s in part]), recipe.components)
+    total = sum(len(p.train) for p in learning)
+    share = min(1.0, recipe.reference / total)
+    draw = random.Random(recipe.seed)
+    reference = {
+        p.source.name: [p.train[i] for i in sorted(draw.sample(range(len(p.train)), math.ceil(share * len(p.train))))]
+        for p in learning
+    }
+    parts = {
+        "reference": {name: at_canonical_points(samples) for name, samples in reference.items()},
+        "validation": {p.source.name: at_canonical_points(p.validation) for p in learning},
+        "calibration": {p.source.name: at_canonical_points(p.calibration) for p in learning},
+    }
+    descriptors = {
+        part: {name: described([s.graph for s in samples]) for name, samples in of.items()}
+        for part, of in parts.items()
+    }
+    projection = Projection.fit(torch.cat(list(descriptors["reference"].values())), recipe.components)
 
-    def seen(samples: Sequence[Sample]) -> Seen:
-        return see([s.graph for s in samples], encoder, accuracy, projection)
+    def seen(part: str) -> dict[str, Seen]:
+        return {
+            name: see([s.graph for s in samples], encoder, accuracy, projection, descriptors[part][name])
+            for name, samples in parts[part].items()
+        }
 
-    # What training, validation and calibration look like is asked for once.
-    known = {name: seen(part) for name, part in train.items()}
-    chosen = {p.source.name: at_canonical_points(p.validation) for p in learning}
-    checked = {name: seen(part) for name, part in chosen.items()}
-    held = {p.source.name: at_canonical_points(p.calibration) for p in learning}
-    unseen = {name: seen(part) for name, part in held.items()}
+    known, checked, unseen = seen("reference"), seen("validation"), seen("calibration")
+    known = {name: _joined([known[name], checked[name]]) for name in known}
     classifiers = [p.source.name for p in learning if p.source.accuracy]
 
     def zone(names: Sequence[str]) -> Range:
         graphs = [s.graph for p in learning if p.source.name in names for s in (*p.train, *p.validation)]
-        reference = _joined([*(known[n] for n in names), *(checked[n] for n in names)], recipe.reference, recipe.seed)
-        return Range.fit(Limits.of(graphs), reference.views, _joined([unseen[n] for n in names]).views)
+        return Range.fit(
+            Limits.of(graphs), _joined([known[n] for n in names]).views, _joined([unseen[n] for n in names]).views
+        )
 
-    at, around = _joined([unseen[n] for n in classifiers]), _joined([checked[n] for n in classifiers])
-    missed = (at.accuracies - _truth([s for n in classifiers for s in held[n]])).abs()
-    around_missed = (around.accuracies - _truth([s for n in classifiers for s in chosen[n]])).abs()
-    conformal = Conformal.fit(around.places, around_missed, at.places, missed)
-    mixture = _in_units(_joined(list(checked.values())), recipe.mixture, _groups(chosen))
-    return Shipped(
+    def missed(part: str, of: Mapping[str, Seen]) -> tuple[Tensor, Tensor]:
+        joined = _joined([of[name] for name in classifiers])
+        truth = [float(s.record["test_accuracy"]) for name in classifiers for s in parts[part][name]]
+        return joined.spots, (joined.accuracies - torch.tensor(truth, dtype=torch.float64)).abs()
+
+    conformal = Conformal.fit(*missed("validation", checked), *missed("calibration", unseen))
+    groups = [s.group for samples in parts["validation"].values() for s in samples]
+    mixture = _in_units(_joined(list(checked.values())), recipe.mixture, groups)
+    model = Shipped(
         "not saved yet", encoder, accuracy, projection, mixture, zone(list(known)), zone(classifiers), conformal
     )
+    return Calibrated(model, known, unseen)
+
+
+def left_out(found: Calibrated) -> Iterator[Inside]:
+    """Per population the share of its held-out runs inside a range that was fitted without it.
+
+    The metanets have seen the population, and limits do not count: this is the work of the distances alone.
+    """
+    for name, asked in found.unseen.items():
+        known = [seen for other, seen in found.known.items() if other != name]
+        unseen = [seen for other, seen in found.unseen.items() if other != name]
+        if known:
+            zone = Range.fit(found.model.range.limits, _joined(known).views, _joined(unseen).views)
+            yield Inside(name, len(asked), float((zone.scores(asked.views) > LEAST).double().mean()))
 
 
 def pretrain(
     recipe: Pretraining, found: Sequence[Population], work: Path, out: Path
-) -> Shipped:
-    """Train or resume both metanets in ``work``, calibrate them and write ``out``. The model card is written apart."""
+) -> tuple[Shipped, Calibrated]:
+    """Train or resume both metanets in ``work``, calibrate them and write ``out``; the model card is written apart.
+
+    The first is read back from the files, so that what is reported of it holds for them.
+    """
     started = time.perf_counter()
     encoder = train_encoder(recipe, found, work / "encoder")
     _log.info("encoder: %.0f s", time.perf_counter() - started)
     accuracy = train_accuracy(recipe, found, work / "accuracy")
     _log.info("predictor: %.0f s", time.perf_counter() - started)
+    made = calibrated(recipe, found, encoder, accuracy)
     out.mkdir(parents=True, exist_ok=True)
-    calibrated(recipe, found, encoder, accuracy).save(out)
-    # Read back, so that everything reported is of the files.
-    return Shipped.load(out)
-
-
-def left_out(recipe: Pretraining, found: Sequence[Population], model: Shipped) -> Iterator[Inside]:
-    """Per population the share of its held-out runs inside a range that was fitted without it.
-
-    The metanets have seen the population, and limits do not count: this is the work of the distances alone.
-    """
-    learning = [p for p in found if not p.source.held_out]
-    known = {p.source.name: model.see([s.graph for s in (*p.train, *p.validation)]) for p in learning}
-    held = {p.source.name: model.see([s.graph for s in p.calibration]) for p in learning}
-    for name, asked in held.items():
-        rest = [key for key in known if key != name]
-        if rest:
-            reference = _joined([known[key] for key in rest], recipe.reference, recipe.seed)
-            zone = Range.fit(model.range.limits, reference.views, _joined([held[key] for key in rest]).views)
-            yield Inside(name, len(asked), float((zone.scores(asked.views) > LEAST).double().mean()))
+    made.model.save(out)
+    _log.info("calibrated and saved: %.0f s", time.perf_counter() - started)
+    return Shipped.load(out), made
 
 
 def rounded(trained: Trained) -> Trained:
@@ -126,21 +154,8 @@ def _positives(recipe: Pretraining) -> Any:
     return lambda record: str(record.get(field) or record["instance"])
 
 
-def _joined(parts: Sequence[Seen], most: int = 0, seed: int = 0) -> Seen:
-    """Several as one, at most ``most`` of them drawn at random."""
-    joined = Seen(*(torch.cat([getattr(p, f) for p in parts]) for f in ("codes", "places", "accuracies")))
-    if not most or len(joined) <= most:
-        return joined
-    rows = torch.randperm(len(joined), generator=torch.Generator().manual_seed(seed))[:most].sort().values
-    return joined[rows]
-
-
-def _truth(samples: Sequence[Sample]) -> Tensor:
-    return torch.tensor([float(s.record["test_accuracy"]) for s in samples], dtype=torch.float64)
-
-
-def _groups(parts: Parts) -> list[str]:
-    return [s.group for part in parts.values() for s in part]
+def _joined(parts: Sequence[Seen]) -> Seen:
+    return Seen(*(torch.cat([getattr(p, f) for p in parts]) for f in ("codes", "places", "accuracies")))
 
 
 def _in_units(seen: Seen, mixture: tuple[float, float], groups: Sequence[str]) -> tuple[float, float]:

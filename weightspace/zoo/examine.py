@@ -107,8 +107,8 @@ def describe_model(
 
 def _read(ckpt: Checkpoint, wiring: Wiring | None) -> tuple[NDArray[np.float32] | None, dict[str, Any]]:
     """Vector of the pretrained encoder (None outside its limits), and what else the pretrained metanets say."""
-    from weightspace.pretrained.reading import outside, read_wired
     from weightspace.pretrained.model import shipped
+    from weightspace.pretrained.reading import outside, read_wired
 
     try:
         found = outside("no wiring was found") if wiring is None else read_wired(ckpt, wiring, shipped())

@@ -46,8 +46,9 @@ class Neighbour:
 class IndexReport:
     """What one run of ``Zoo.index`` did.
 
-    ``models`` counts what the index holds now, ``failures`` and ``ignored`` give each file with the reason,
-    ``index`` is the folder of the index; the other numbers count files.
+    ``models`` counts what the index holds now and ``inside`` those in the range of the pretrained encoder,
+    ``failures`` and ``ignored`` give each file with the reason, ``index`` is the folder of the index; the other
+    numbers count files.
     """
 
     models: int
@@ -58,6 +59,7 @@ class IndexReport:
     failures: tuple[tuple[str, str], ...]
     index: Path
     seconds: float
+    inside: int = 0
 
 
 class Zoo:
@@ -328,6 +330,7 @@ class Zoo:
             failures=tuple(store.outcomes("failed")),
             index=self.index_folder,
             seconds=perf_counter() - started,
+            inside=int(store.learned()[1].sum()),
         )
 
 
