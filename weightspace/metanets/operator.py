@@ -43,6 +43,8 @@ from weightspace.metanets.structure import (
 
 _VALUE_FEATURES = 4
 _PROBE_STEPS = 6
+# Elements of gated states that are made at once.
+_CACHED = 1 << 19
 
 
 class OperatorMetanet(Metanet):
@@ -211,7 +213,10 @@ class Round(nn.Module):
 
         Compressed to the square root: a network with wild weights stays readable, and no sign is lost.
         """
-        down, up, part, whole = self.send(normal).chunk(4, dim=1)
+        linked = batch.links.numel() > 0
+        weight = self.send.weight if linked else self.send.weight[: 2 * self.width]
+        sent = nn.functional.linear(normal, weight).split(self.width, dim=1)
+        down, up = sent[:2]
         along, against = torch.zeros_like(down), torch.zeros_like(up)
         for op in operators:
             gate_along, gate_against = self.gates(op)
@@ -221,13 +226,11 @@ class Round(nn.Module):
                 a, b = _streamed_messages(op, down, up, gate_along, gate_against)
             along = along.index_add(0, op.bucket.dst.flatten(), a.flatten(0, 1).to(along.dtype))
             against = against.index_add(0, op.bucket.src.flatten(), b.flatten(0, 1).to(against.dtype))
-        if batch.links.numel():
+        if linked:
             inner, outer = batch.links
-            along = along.index_add(0, outer, part[inner])
-            count = torch.zeros(len(h_like := whole), 1, dtype=whole.dtype, device=whole.device)
-            count = count.index_add(0, inner, torch.ones(len(inner), 1, dtype=whole.dtype, device=whole.device))
-            summed = torch.zeros_like(h_like).index_add(0, inner, whole[outer])
-            against = against + summed / count.clamp_min(1)
+            along = along.index_add(0, outer, sent[2][inner])
+            count = torch.bincount(inner, minlength=len(normal)).clamp_min(1).to(up.dtype).unsqueeze(1)
+            against = against + torch.zeros_like(up).index_add(0, inner, sent[3][outer]) / count
         return _compressed(along), _compressed(against)
 
     def gates(self, op: Operators) -> tuple[Tensor, Tensor]:
@@ -285,14 +288,26 @@ def _bucket_messages(
 ) -> tuple[Tensor, Tensor]:
     """Messages of a bucket to its destinations ``(B, out, d)`` and sources ``(B, in, d)``."""
     assert op.channels is not None
-    (along, against), bucket, width = op.channels, op.bucket, down.shape[1]
+    bucket, width = op.bucket, down.shape[1]
     (stack, out), inner = bucket.dst.shape, bucket.src.shape[1]
-    # One long sum over channels, positions and neurons for each direction: a single batched product.
-    source = down[bucket.src.flatten()].view(stack, 1, 1, inner, width) * gate_along.unsqueeze(3)
-    target = up[bucket.dst.flatten()].view(stack, 1, 1, out, width) * gate_against.unsqueeze(3)
-    heard_along = torch.bmm(along.to(source.dtype), source.reshape(stack, -1, width))
-    heard_against = torch.bmm(against.to(target.dtype), target.reshape(stack, -1, width))
+    source = down[bucket.src.flatten()].view(stack, 1, 1, inner, width)
+    target = up[bucket.dst.flatten()].view(stack, 1, 1, out, width)
+    heard_along = _products(op.channels[0], source, gate_along.unsqueeze(3))
+    heard_against = _products(op.channels[1], target, gate_against.unsqueeze(3))
     return heard_along, heard_against
+
+
+def _products(weights: Tensor, states: Tensor, gates: Tensor) -> Tensor:
+    """``Σ weights (states ⊙ gates)`` for a stack of matrices, one long sum over channels, positions and neurons.
+
+    In pieces whose gated states stay in the cache: written to memory as a whole, they cost more than the products.
+    """
+    step = max(1, _CACHED // (weights.shape[2] * states.shape[-1]))
+    parts = [
+        torch.bmm(w.to(x.dtype), (x * g).reshape(len(w), w.shape[2], -1))
+        for w, x, g in zip(weights.split(step), states.split(step), gates.split(step), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _streamed_messages(

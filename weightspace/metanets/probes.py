@@ -48,11 +48,13 @@ class Probes(nn.Module):
     def forward(self, batch: Batch, operators: Sequence[Operators]) -> Tensor:
         """Values after the last step; inputs keep theirs."""
         given = self.input(batch.nodes.to(self.input.weight.dtype))
-        fed = batch.marks[batch.cell, 0].to(given.dtype).unsqueeze(1)
+        fed = batch.marks[batch.cell, :1] > 0
+        frequency = batch.frequency.to(given.dtype).unsqueeze(1)
         factor, shift = batch.affine.to(given.dtype).unsqueeze(2).unbind(1)
-        rows = [(k, (batch.activation == k).nonzero().squeeze(1)) for k in batch.activation.unique().tolist() if k >= 0]
+        present = [k for k in batch.activation.unique().tolist() if k >= 0]
+        kinds = [(k, (batch.activation == k).unsqueeze(1)) for k in present]
         textures = [1 + self.texture(op.coordinates[:, 1:]) for op in operators]
-        values: Tensor = given * fed
+        values = torch.where(fed, given, 0)
         for _ in range(self.steps):
             heard = torch.zeros_like(values)
             for op, texture in zip(operators, textures, strict=True):
@@ -60,10 +62,9 @@ class Probes(nn.Module):
             if batch.links.numel():
                 heard = heard.index_add(0, batch.links[1], values[batch.links[0]])
             heard = factor * heard + shift
-            for kind, where in rows:
-                own = activated(POINTWISE[kind], heard[where], batch.frequency[where].to(heard.dtype).unsqueeze(1))
-                heard = heard.index_copy(0, where, own)
-            values = fed * given + (1 - fed) * bounded(heard)
+            for kind, acts in kinds:
+                heard = torch.where(acts, activated(POINTWISE[kind], heard, frequency), heard)
+            values = torch.where(fed, given, bounded(heard))
         return values
 
 
