@@ -65,7 +65,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="weightspace-bench-") as folder:
             billion = [apart(one_billion, folder, options.device, options.threads)]
     if options.json:
-        print(json.dumps({"speed": rows, "growth": growth, "billion": billion}, indent=2))
+        print(json.dumps([*rows, *growth, *billion], indent=2))
         return
     for row in (*growth, *billion):
         print_row(row)
@@ -150,8 +150,9 @@ def grow(size: tuple[int, int], device: str, threads: int) -> Row:
     seconds = timed(read, device, 3)
     count = graph.num_parameters
     return {
-        "weights": count, "seconds": seconds, "ns_per_weight": seconds / count * 1e9, "peak_gb": peak(),
-        "peak_before_gb": before, "weights_gb": count * 4 / 1e9, "device": device_name(device),
+        "model": f"operator, one network of {count:,}", "nets_per_s": 1 / seconds, "step_s": None, "peak_gb": peak(),
+        "weights": count, "seconds": seconds, "ns_per_weight": seconds / count * 1e9, "peak_before_gb": before,
+        "weights_gb": count * 4 / 1e9, "device": device_name(device),
     }  # fmt: skip
 
 
@@ -193,10 +194,12 @@ def one_billion(folder: str, device: str, threads: int) -> Row:
         total += float(checkpoint[name].to(device).sum(dtype=torch.float32))
     reading = time.perf_counter() - started
     assert bool(torch.isfinite(embedding).all())
-    rounds = len(metanet.rounds) + 1
+    # Twice for the statistics of the blocks, then once in every step of the probes and every round.
+    reads = 2 + (metanet.probes.steps if metanet.probes is not None else 0) + len(metanet.rounds)
     return {
-        "weights": graph.num_parameters, "seconds": seconds, "one_plain_read_s": reading,
-        "share_of_plain_reads": rounds * reading / seconds, "peak_gb": peak(), "device": device_name(device),
+        "model": f"operator, streamed, {graph.num_parameters:,}", "nets_per_s": 1 / seconds, "step_s": None,
+        "peak_gb": peak(), "weights": graph.num_parameters, "seconds": seconds, "one_plain_read_s": reading,
+        "share_of_plain_reads": reads * reading / seconds, "device": device_name(device),
     }  # fmt: skip
 
 

@@ -84,6 +84,40 @@ def test_a_batch_of_different_networks_gives_what_each_gives_alone(
         torch.testing.assert_close(metanet.read(graph)[0], row, rtol=1e-9, atol=1e-9)
 
 
+class Block(nn.Module):
+    """A residual block with a norm, on maps or on features."""
+
+    def __init__(self, width: int, flat: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width) if flat else nn.BatchNorm2d(width)
+        self.inner = nn.Linear(width, width + 1) if flat else nn.Conv2d(width, width + 1, 3, padding=1)
+        self.outer = nn.Linear(width + 1, width) if flat else nn.Conv2d(width + 1, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.outer(self.inner(self.norm(x)).relu())
+        return found
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.booleans(), st.lists(st.sampled_from(["plain", "residual", "tanh"]), min_size=1, max_size=4),
+       st.integers(2, 6), st.booleans(), st.integers(0, 1000))  # fmt: skip
+def test_random_architectures_are_equivariant(flat: bool, kinds: list[str], width: int, scale: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Linear(4, width) if flat else nn.Conv2d(2, width, 3)]
+    for kind in kinds:
+        if kind == "residual":
+            layers.append(Block(width, flat))
+        else:
+            layers.append(nn.Tanh() if kind == "tanh" else nn.ReLU())
+            layers.append(nn.Linear(width, width + 1) if flat else nn.Conv2d(width, width + 1, 3, padding=1))
+            width += 1
+    layers += [nn.ReLU()] if flat else [nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    module = nn.Sequential(*layers, nn.Linear(width if flat else 4 * width, 3)).eval()
+    example = torch.randn(2, 4) if flat else torch.randn(2, 2, 7, 7)
+    graph = of_tensors(module.state_dict(), ws.wiring(module, example))
+    assert assert_equivariant(small(scale=scale), graph, draws=2) < 1e-6
+
+
 def test_single_precision_agrees_with_the_edge_form_to_1e5() -> None:
     pytest.importorskip("torch_geometric")
     from weightspace.metanets import EdgeReference
