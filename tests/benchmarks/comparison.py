@@ -120,6 +120,6 @@ def show(values: Sequence[float]) -> str:
     found = over_seeds(values)
     mean = sum(values) / len(values)
     digits = 3 if abs(mean) < 10 else 0
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
+    if len(values) == 1 or min(values) == max(values):
+        return f"{mean:,.{digits}f}"
     return f"{mean:.{digits}f} ± {(found.high - found.low) / 2:.{digits}f}"
