@@ -35,6 +35,7 @@ _EXPORTS = {
     "graph": "weightspace.graph",
     "ParameterGraph": "weightspace.graph",
     "Zoo": "weightspace.zoo",
+    "metanets": "weightspace.metanets",
     "embed": "weightspace.pretrained",
     "predict_accuracy": "weightspace.pretrained",
     "errors": "weightspace.errors",
@@ -44,6 +45,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from weightspace import errors as errors
+    from weightspace import metanets as metanets
     from weightspace.checkpoint import Checkpoint as Checkpoint
     from weightspace.checkpoint import open as open
     from weightspace.graph import ParameterGraph as ParameterGraph

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 from weightspace.metanets.base import Metanet, build_metanet
 
 if TYPE_CHECKING:
+    from weightspace.metanets.augment import Augmentation
+    from weightspace.metanets.data import Sample, load_samples, split
     from weightspace.metanets.edges import EdgeReference
     from weightspace.metanets.equivariance import assert_equivariant
+    from weightspace.metanets.flat import FlatBaseline
     from weightspace.metanets.operator import OperatorMetanet
     from weightspace.metanets.readout import BlockReadout, NodeReadout
+    from weightspace.metanets.training import Trained, TrainingPlan, fit
 
 # Name -> module: torch_geometric and lightning load with what needs them.
 _LAZY = {
@@ -20,10 +24,19 @@ _LAZY = {
     "assert_equivariant": "equivariance",
     "NodeReadout": "readout",
     "BlockReadout": "readout",
+    "FlatBaseline": "flat",
+    "Sample": "data",
+    "load_samples": "data",
+    "split": "data",
+    "Augmentation": "augment",
+    "TrainingPlan": "training",
+    "Trained": "training",
+    "fit": "training",
 }
 
 __all__ = [
-    "BlockReadout", "EdgeReference", "Metanet", "NodeReadout", "OperatorMetanet", "assert_equivariant", "build_metanet",
+    "Augmentation", "BlockReadout", "EdgeReference", "FlatBaseline", "Metanet", "NodeReadout", "OperatorMetanet",
+    "Sample", "Trained", "TrainingPlan", "assert_equivariant", "build_metanet", "fit", "load_samples", "split",
 ]  # fmt: skip
 
 
