@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import weightspace as ws
-from weightspace.pretrained.applicability import LEAST, Limits, Range, knn_distance, parameters
+from weightspace.pretrained.applicability import LEAST, Limits, Range, nearest, parameters
 
 ANY = Limits((1, 10**6), 100, 4, frozenset({"weight", "shift"}), frozenset({"relu"}))
 
@@ -56,7 +56,23 @@ def test_one_view_that_is_far_away_is_enough_to_be_outside() -> None:
 def test_distances_to_neighbours_are_those_of_a_sorted_row() -> None:
     queries, reference = torch.randn(4, 6), torch.randn(50, 6)
     expected = np.sort(np.linalg.norm(queries.numpy()[:, None] - reference.numpy()[None], axis=2), axis=1)[:, 4]
-    assert knn_distance(queries, reference).numpy() == pytest.approx(expected, abs=1e-5)
+    far, which = nearest(queries, reference)
+    assert far[:, -1].numpy() == pytest.approx(expected, abs=1e-5)
+    assert (queries - reference[which[:, 4]]).norm(dim=1).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_is_far_in_a_dense_part_is_near_in_a_sparse_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, sparse = torch.zeros(1, 4), torch.full((1, 4), 100.0)
+
+    def draw(n: int) -> torch.Tensor:
+        parts = [at + s * torch.randn(n, 4, generator=generator) for at, s in ((dense, 0.1), (sparse, 5.0))]
+        return torch.cat(parts)
+
+    zone = Range.fit(ANY, [draw(200)] * 2, [draw(200)] * 2)
+    step = torch.tensor([[2.0, 0, 0, 0]])
+    assert not zone.of([dense + step] * 2).inside
+    assert zone.of([sparse + step] * 2).inside
 
 
 def test_limits_name_what_was_never_seen() -> None:

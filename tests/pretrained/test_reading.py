@@ -160,6 +160,23 @@ def test_a_guessed_wiring_is_outside(tmp_path: Path) -> None:
     assert found.vector is None
 
 
+def test_complex_weights_are_outside() -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Parameter(torch.randn(16, 12, dtype=torch.complex64))
+            self.outer = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.outer((x.to(self.inner.dtype) @ self.inner.T).abs())
+            return found
+
+    found = ws.embed(Turning(), torch.randn(2, 12))
+    assert found.vector is None
+    assert not found.applicability.inside
+    assert found.applicability.reason
+
+
 def test_weights_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
     _, state, _ = _state(0)
     state["output.weight"] = state["output.weight"].clone()

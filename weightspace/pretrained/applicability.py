@@ -3,9 +3,10 @@
 Cheap limits come first (parameters, roles, activations, a wiring that is proved), so that a network that is outside
 for certain is not read. Then two distances count, each to the ``NEIGHBOURS``-th nearest network of the training zoo:
 that of the embeddings, and that of the training-free descriptors with what their principal components leave over.
-Each is divided by what it usually is, the larger one is the statistic, and its rank among networks of held-out runs
-is the score: a conformal p-value of "this network comes from the training zoo" (Vovk et al. 2005; for distances to
-neighbours Laxhammar and Falkman 2011).
+Each is divided by the same distance of those neighbours (as in the local outlier factor, Breunig et al. 2000), since
+some populations lie denser than others, and by what that usually is; the larger one is the statistic, and its rank
+among networks of held-out runs is the score: a conformal p-value of "this network comes from the training zoo" (Vovk et
+al. 2005; for distances to neighbours Laxhammar and Falkman 2011).
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ LEAST = 0.02
 """A network whose score is not above this is outside: as many of the networks of held-out runs are."""
 
 _SLACK = 2.0
+# Nearest networks that do not count for a network of the training zoo itself: other checkpoints of its run.
+_OWN = 3
+# Share of the median radius that is added to all, so that copies in the training zoo do not make a radius of 0.
+_FLOOR = 0.3
 
 
 @dataclass(frozen=True)
@@ -118,27 +123,30 @@ class Limits:
 class Range:
     """The training zoo as its applicability needs it.
 
-    ``views``: one matrix ``(networks, d)`` for each way of seeing a network. ``units``: the usual distance in each.
-    ``calibration (m,)``: the statistic of networks of held-out runs, sorted.
+    ``views``: one matrix ``(networks, d)`` for each way of seeing a network, with ``radii (networks,)``, how far its
+    neighbours are from each. ``units``: the usual ratio of distance and radius in each. ``calibration (m,)``: the
+    statistic of networks of held-out runs, sorted.
     """
 
     limits: Limits
     views: tuple[Tensor, ...]
+    radii: tuple[Tensor, ...]
     units: tuple[float, ...]
     calibration: Tensor
 
     @classmethod
     def fit(cls, limits: Limits, views: Sequence[Tensor], held_out: Sequence[Tensor]) -> Range:
         """From ``views`` of networks learned from and of networks of ``held_out`` runs: ``(n, d)`` and ``(m, d)``."""
-        far = [knn_distance(query, reference) for query, reference in zip(held_out, views, strict=True)]
+        radii = tuple(_radii(view) for view in views)
+        far = [_ratios(*given) for given in zip(held_out, views, radii, strict=True)]
         units = tuple(max(float(d.median()), 1e-6) for d in far)
         statistic = torch.stack([d / u for d, u in zip(far, units, strict=True)]).amax(0)
-        return cls(limits, tuple(views), units, statistic.sort().values)
+        return cls(limits, tuple(views), radii, units, statistic.sort().values)
 
     def statistic(self, views: Sequence[Tensor]) -> Tensor:
-        """The larger of the distances of networks seen as ``views``, in their units: ``(n,)``."""
-        far = [knn_distance(q, r) / u for q, r, u in zip(views, self.views, self.units, strict=True)]
-        return torch.stack(far).amax(0)
+        """The larger of the ratios of networks seen as ``views``, in their units: ``(n,)``."""
+        far = [_ratios(*given) for given in zip(views, self.views, self.radii, strict=True)]
+        return torch.stack([d / u for d, u in zip(far, self.units, strict=True)]).amax(0)
 
     def scores(self, views: Sequence[Tensor]) -> Tensor:
         """Conformal p-values of networks seen as ``views``: ``(n,)``, above 0 and at most 1."""
@@ -152,14 +160,27 @@ class Range:
         if score > LEAST:
             return Applicability(True, score)
         times = float(self.statistic(views)[0] / self.calibration.median())
-        reason = f"it lies {times:.1f} times as far from the networks learned from as they lie from each other"
+        reason = f"it lies {times:.1f} times as far from the networks learned from as held-out ones usually do"
         return Applicability(False, score, reason)
 
 
-def knn_distance(queries: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """Distance of each of ``queries (n, d)`` to its ``k``-th nearest in ``reference (m, d)``: ``(n,)``, float64."""
+def nearest(queries: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
+    """Distances of ``queries (n, d)`` to the ``k`` nearest of ``reference (m, d)`` and their numbers: ``(n, k)``."""
     far = torch.cdist(queries.to(torch.float64), reference.to(torch.float64))
-    return far.kthvalue(min(k, reference.shape[0]), dim=1).values
+    found = far.topk(min(k, reference.shape[0]), dim=1, largest=False)
+    return found.values, found.indices
+
+
+def _radii(view: Tensor) -> Tensor:
+    far, _ = nearest(view, view, NEIGHBOURS + _OWN)
+    radii = far[:, -1]
+    return radii + _FLOOR * radii.median().clamp_min(1e-6)
+
+
+def _ratios(queries: Tensor, reference: Tensor, radii: Tensor) -> Tensor:
+    """How much farther than their neighbours' neighbours the neighbours of ``queries (n, d)`` are: ``(n,)``."""
+    far, which = nearest(queries, reference)
+    return far[:, -1] / radii.to(torch.float64)[which].mean(1)
 
 
 def parameters(tensors: Any) -> int:

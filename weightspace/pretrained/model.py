@@ -165,9 +165,11 @@ class Shipped:
             "projection.basis": self.projection.basis.float(),
             "range.codes": self.range.views[0].half(),
             "range.places": self.range.views[1].half(),
+            "range.radii": torch.stack(self.range.radii).float(),
             "range.calibration": self.range.calibration.float(),
             "accuracy.codes": self.accuracy_range.views[0].half(),
             "accuracy.places": self.accuracy_range.views[1].half(),
+            "accuracy.radii": torch.stack(self.accuracy_range.radii).float(),
             "accuracy.calibration": self.accuracy_range.calibration.float(),
             "conformal.places": self.conformal.places.half(),
             "conformal.misses": self.conformal.misses.float(),
@@ -211,7 +213,8 @@ class Shipped:
                 units = tuple(float(u) for u in facts[kind]["units"])
                 views = (t[f"{kind}.codes"].double(), t[f"{kind}.places"].double())
                 limits = Limits.from_dict(facts[kind]["limits"])
-                return Range(limits, views, units, t[f"{kind}.calibration"].double())
+                code_radii, place_radii = t[f"{kind}.radii"].double()
+                return Range(limits, views, (code_radii, place_radii), units, t[f"{kind}.calibration"].double())
 
             parts = ("mean", "scale", "basis")
             code, place = (float(w) for w in facts["mixture"])

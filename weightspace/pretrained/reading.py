@@ -106,7 +106,7 @@ def read_wired(tensors: Mapping[str, Tensor], wiring: Wiring, model: Shipped, fo
         reason = model.range.limits.size(parameters(tensors))
         if not reason and wiring.status != "proved":
             reason = f"its wiring is {wiring.status}, not proved"
-        if reason:
+        if reason := reason or _unreadable(tensors, wiring):
             return outside(reason)
     try:
         return model.read(clean(tensors, wiring), force)
@@ -120,6 +120,18 @@ def outside(reason: str) -> Reading:
     """Of a network that is not read."""
     where = Applicability(False, 0.0, reason)
     return Reading(None, where, nothing(where))
+
+
+def _unreadable(tensors: Mapping[str, Tensor], wiring: Wiring) -> str:
+    """Why weights cannot be seen as real numbers; empty where they can. Counters are no weights."""
+    dtype = getattr(tensors, "dtype", None)
+    for name, role in wiring.roles.items():
+        if role == "other" or name not in tensors or name in wiring.untouched:
+            continue
+        found = dtype(name) if callable(dtype) else tensors[name].dtype
+        if not found.is_floating_point:
+            return f"its weights {name!r} are {str(found).removeprefix('torch.')} and not real numbers"
+    return ""
 
 
 def _tensors(x: Any) -> Mapping[str, Tensor]:
