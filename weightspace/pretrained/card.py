@@ -82,6 +82,8 @@ do not count): the share of its networks still inside.
   has an easier task and a higher accuracy.
 - The coverage holds on average over networks like those of calibration, not for each population.
 - Recall is counted on pools of the size given; in a larger zoo more lies between a network and its relatives.
+- The order that the predictor gives within one population is weak where accuracies lie close together (Kendall τ of the
+  table): it learned from all populations at once. A metanet trained on one (`weightspace train`) orders it better.
 """
 
 
