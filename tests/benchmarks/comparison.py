@@ -117,9 +117,9 @@ def table(rows: Sequence[Row], columns: Sequence[str], by: Sequence[str] = ("met
 
 def show(values: Sequence[float]) -> str:
     """A mean, with its 95 % interval over seeds where there are several."""
-    found = over_seeds(values)
     mean = sum(values) / len(values)
     digits = 3 if abs(mean) < 10 else 0
     if len(values) == 1 or min(values) == max(values):
         return f"{mean:,.{digits}f}"
+    found = over_seeds(values)
     return f"{mean:.{digits}f} ± {(found.high - found.low) / 2:.{digits}f}"
