@@ -205,3 +205,14 @@ def test_misuse() -> None:
     unproved = of_tensors(dict(graph.tensors or {}), graph.wiring.with_(status="unverified"))
     with pytest.raises(UnprovedWiringError):
         metanet(kind="scalegmn").prepare(unproved)
+
+
+def test_gradients_are_finite_where_weights_are_tiny() -> None:
+    """Products of small weights have lengths whose inverse cube no single-precision number holds."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    wiring = ws.wiring(module, torch.randn(2, 3))
+    graph = of_tensors({n: 1e-7 * t for n, t in module.state_dict().items()}, wiring)
+    both = build_metanet({"kind": "scalegmn", "hidden": 8, "layers": 3, "direction": "both"})
+    both(both.collate([both.prepare(graph)])).sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in both.parameters() if p.grad is not None)
