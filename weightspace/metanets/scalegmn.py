@@ -138,9 +138,10 @@ class _Edges:
 
 def _per_length(x: Tensor, where: Tensor) -> Tensor:
     """One over the length of each row where asked for, else 1, ``(n, 1)``; 0 for rows of zeros, without a gradient."""
-    # In double precision: the gradient goes with the inverse cube of a length that may be tiny.
+    # In double precision: the gradient goes with the inverse cube of a length that may be tiny. Where it would not
+    # fit into single precision any more, a row counts as zeros.
     square = x.to(torch.float64).square().sum(dim=1, keepdim=True)
-    some = square > torch.finfo(x.dtype).tiny
+    some = square > (torch.finfo(x.dtype).tiny if x.dtype == torch.float64 else 1e-30)
     return torch.where(where, torch.where(some, torch.where(some, square, 1.0).rsqrt(), 0.0), 1.0).to(x.dtype)
 
 
