@@ -1,10 +1,8 @@
-"""Writing safetensors and ``.pt``: to a temporary name in the same folder, then renamed."""
+"""Writing safetensors and ``.pt``, whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -13,6 +11,7 @@ import torch
 
 from weightspace.checkpoint.dtypes import SAFETENSORS
 from weightspace.errors import CheckpointError
+from weightspace.paths import write_whole
 
 if TYPE_CHECKING:
     from weightspace.checkpoint.checkpoint import Checkpoint
@@ -33,20 +32,7 @@ def save(checkpoint: Checkpoint, path: Path) -> Path:
         raise CheckpointError(f"{path}: the suffix {path.suffix!r} is none of {', '.join(writers)}; use one of them")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: the folder {path.parent} is not there; make it first")
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return write_whole(path, lambda file: write(checkpoint, file))
 
 
 def _safetensors(checkpoint: Checkpoint, file: BinaryIO) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from weightspace.errors import GraphError, MissingExtraError
 from weightspace.graph.edges import Addresses, Materialised, assemble, materialise
 from weightspace.graph.parameter_graph import EdgeKind, ParameterGraph
+from weightspace.paths import whole
 
 MARKS = ("", "input", "output")
 FORMATS = ("json", "pyg", "graphml")
@@ -174,11 +174,8 @@ def save(graph: ParameterGraph, path: str | os.PathLike[str], format: str = "jso
 
     else:
         raise GraphError(f"graphs are written as {', '.join(FORMATS)}; found {format!r}")
-    place = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
-        written = Path(folder) / "graph"
-        write(written)
-        written.replace(place)
+    with whole(path) as temporary:
+        write(temporary)
 
 
 def _pyg_fields(graph: ParameterGraph, edges: EdgeKind, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from weightspace.errors import MetanetError
 from weightspace.metanets.base import Metanet
 from weightspace.metanets.data import Sample
 from weightspace.metanets.tasks import Task
+from weightspace.paths import whole
 
 if TYPE_CHECKING:
     from weightspace.graph import ParameterGraph
@@ -180,9 +181,8 @@ class Loop(lightning.LightningModule):
         if self.advance is None:
             logging.getLogger("weightspace.metanets").info("epoch %d/%d: %s", epoch, self.plan.epochs, _line(row))
         if self.save_to is not None and time.perf_counter() - self._saved >= SAVE_EVERY:
-            temporary = self.save_to.with_name(f".{self.save_to.name}.tmp")
-            self.trainer.save_checkpoint(temporary)
-            temporary.replace(self.save_to)
+            with whole(self.save_to) as temporary:
+                self.trainer.save_checkpoint(temporary)
             self._saved = time.perf_counter()
 
     # ---------------------------------------------------------------- validation

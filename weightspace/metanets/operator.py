@@ -167,9 +167,9 @@ class Operators:
             attributes.append(relative_scales(scales, fan_in * positions).to(dtype))
         self.attributes = torch.cat(attributes, dim=1)
         self.coordinates = bucket.coordinates.to(dtype)
-        self.natural = torch.where(lookup > 0, fan_in.rsqrt(), torch.ones_like(fan_in)).to(dtype)
         # A table of lookups is read one row at a time: its sums are over rows that never meet.
         natural = torch.where(lookup > 0, fan_in.rsqrt(), torch.ones_like(fan_in))
+        self.natural = natural.to(dtype)
         along, against = _channel_scales(scales, natural, fan_in * positions), _channel_scales(
             scales, fan_in / fan_out * natural, fan_out * positions
         )

@@ -84,8 +84,8 @@ class Structure:
     which one it is. ``cell (num_nodes,)``; ``activation (num_nodes,)``: number in ``ACTIVATIONS`` of the function
     that is applied to a node, -1 for none, and ``frequency (num_nodes,)`` that of a sine. Vectors are in the order of
     their use. ``marks (num_cells, 2)``: input, output. ``links (2, n)``: nodes
-    that are part of others, from the part to the whole. ``skipped``: tensors that are no features (integers:
-    counters, indices; scalars of no node).
+    that are part of others, from the part to the whole. Tensors of integers (counters, indices) and scalars of no
+    node are no part of it.
     """
 
     num_nodes: int
@@ -98,7 +98,6 @@ class Structure:
     blocks: tuple[BlockPart, ...]
     vectors: tuple[VectorPart, ...]
     links: Tensor
-    skipped: tuple[str, ...]
 
     @property
     def num_cells(self) -> int:
@@ -158,7 +157,6 @@ def _build(graph: ParameterGraph, wiring: Wiring) -> Structure:
         blocks=blocks,
         vectors=vectors,
         links=torch.cat(links, dim=1),
-        skipped=tuple(n for n in graph.shapes if n not in usable or n in graph.values),
     )
 
 

@@ -27,6 +27,7 @@ from weightspace.metanets.augment import Augmentation, checked
 from weightspace.metanets.base import Metanet, build_metanet
 from weightspace.metanets.data import Sample
 from weightspace.metanets.tasks import Kind, Loss, Task, make_task
+from weightspace.paths import write_whole
 
 FORMAT, VERSION = "weightspace-metanet", 1
 CONFIG, WEIGHTS = "config.json", "metanet.safetensors"
@@ -156,8 +157,8 @@ class Trained:
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             "history": list(self.history),
         }
-        _write(target / WEIGHTS, weights)
-        _write(target / CONFIG, json.dumps(config, indent=1).encode())
+        write_whole(target / WEIGHTS, weights)
+        write_whole(target / CONFIG, json.dumps(config, indent=1).encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Trained:
@@ -239,7 +240,8 @@ def fit(
         if checkpoint is None:
             for name in (_CHECKPOINT, CONFIG, WEIGHTS):
                 (folder / name).unlink(missing_ok=True)
-            _write(folder / _UNFINISHED, json.dumps({"made_of": made_of, "plan": plan.to_dict()}, indent=1).encode())
+            begun = json.dumps({"made_of": made_of, "plan": plan.to_dict()}, indent=1)
+            write_whole(folder / _UNFINISHED, begun.encode())
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(plan.seed)
@@ -300,15 +302,3 @@ def _training_in(folder: Path) -> str:
             except (ValueError, KeyError, TypeError) as error:
                 raise MetanetError(f"{path} is damaged; remove the folder, or train without resuming") from error
     return ""
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from weightspace.errors import WeightspaceError
+from weightspace.paths import write_whole
 from weightspace.pretrained import evaluation
 from weightspace.pretrained.card import model_card
 from weightspace.pretrained.model import CARD, FILES
@@ -49,7 +50,7 @@ def main() -> int:
     covered = list(evaluation.coverage(model, accuracies))
     inside = list(evaluation.applicability(model, {**tests, **held}))
     card = model_card(recipe, model, found, recalls, covered, inside, list(left_out(made)))
-    (arguments.out / CARD).write_text(card, encoding="utf-8")
+    write_whole(arguments.out / CARD, card.encode())
     print(card)
     return 0
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from weightspace.errors import MetanetError
 from weightspace.graph import ParameterGraph
+from weightspace.paths import write_whole
 from weightspace.pretrained.applicability import Applicability, Limits, Range
 from weightspace.pretrained.conformal import COVERAGE, Conformal, Prediction
 from weightspace.pretrained.views import canonical, described
@@ -185,9 +186,7 @@ class Shipped:
             "predictor": _digest(folder / ACCURACY),
         }
         data = save({name: value.contiguous() for name, value in tensors.items()}, {"weightspace": json.dumps(facts)})
-        temporary = folder / f".{ZOO}.tmp"
-        temporary.write_bytes(data)
-        temporary.replace(folder / ZOO)
+        write_whole(folder / ZOO, data)
 
     @classmethod
     def load(cls, folder: Path) -> Shipped:

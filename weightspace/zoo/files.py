@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from weightspace.card import RECORD_KEY
+from weightspace.paths import write_whole
 
 
 def save_network(tensors: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> None:
-    """Write a network and its record under a temporary name, then rename."""
+    """Write a network and its record, whole or not at all."""
     from safetensors.torch import save
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = save(
         {name: value.contiguous() for name, value in tensors.items()},
         metadata={"format": "pt", RECORD_KEY: json.dumps(record)},
     )
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, data)
 
 
 def read_record(path: Path) -> dict[str, Any]:
