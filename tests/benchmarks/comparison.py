@@ -6,6 +6,7 @@ it stopped, and one run later with another method adds its rows.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,18 @@ class Results:
             with self.path.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+def parser(doc: str | None, recipe: str) -> argparse.ArgumentParser:
+    """The options that all comparisons on a population have; ``recipe`` is what it is built from."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("zoo", type=Path, help=f"folder made by `weightspace zoo build {recipe}`")
+    found.add_argument("--seeds", type=int, default=3)
+    found.add_argument("--epochs", type=int, default=20)
+    found.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
+    found.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name contains one of these")
+    found.add_argument("--results", type=Path, help="JSON-lines file to add to and go on from")
+    return found
 
 
 def wanted(name: str, methods: Sequence[str] | None, skip: Sequence[str] = ()) -> bool:

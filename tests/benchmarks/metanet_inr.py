@@ -9,7 +9,6 @@ Published on another, larger set of MNIST SIRENs (60,000): DWS 85.7, NG-GNN 91.4
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tests.benchmarks.comparison import REFERENCES, Results, Split, Values, run_metanet, table, wanted
+from tests.benchmarks.comparison import REFERENCES, Results, Split, Values, parser, run_metanet, table, wanted
 from weightspace.metanets.data import Sample, load_samples, split
 from weightspace.metanets.flat import FlatBaseline
 
@@ -34,14 +33,7 @@ FLAT = ("stat-nn", "stat-boosting", "raw")
 
 def main() -> None:
     """Train every method, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zoo", type=Path, help="folder made by `weightspace zoo build inr`")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
-    parser.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name contains one of these")
-    parser.add_argument("--results", type=Path, help="JSON-lines file to add to and go on from")
-    options = parser.parse_args()
+    options = parser(__doc__, "inr").parse_args()
     samples = load_samples(options.zoo)
     print(samples, flush=True)
     fitting = [s for s in samples if s.record["population"] == "siren-train"]

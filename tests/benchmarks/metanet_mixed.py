@@ -15,22 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.comparison import OURS, REFERENCES, Results, Split, run_metanet, table, wanted
+from tests.benchmarks.comparison import OURS, REFERENCES, Results, Split, parser, run_metanet, table, wanted
 from tests.benchmarks.metanet_accuracy import run_flat, scores
 from weightspace.metanets.data import Sample, load_samples, split
 
 
 def main() -> None:
     """Train on all families, then without each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zoo", type=Path, help="folder made by `weightspace zoo build mixed`")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
-    parser.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name contains one of these")
-    parser.add_argument("--without", nargs="*", help="families to leave out in turn (default: each)")
-    parser.add_argument("--results", type=Path, help="JSON-lines file to add to and go on from")
-    options = parser.parse_args()
+    arguments = parser(__doc__, "mixed")
+    arguments.add_argument("--without", nargs="*", help="families to leave out in turn (default: each)")
+    options = arguments.parse_args()
     samples = load_samples(options.zoo)
     print(samples, flush=True)
     families = sorted({s.record["population"] for s in samples})

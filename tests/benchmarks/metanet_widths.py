@@ -10,7 +10,6 @@ Lim et al. (2023) and later papers read plain GMNs that fall from τ .91 at 1× 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tests.benchmarks.comparison import REFERENCES, Results, Split, run_metanet, table, wanted
+from tests.benchmarks.comparison import REFERENCES, Results, Split, parser, run_metanet, table, wanted
 from tests.benchmarks.metanet_accuracy import run_flat, scores
 from weightspace.graph import ParameterGraph
 from weightspace.metanets.data import Sample, load_samples, split
@@ -33,14 +32,7 @@ OURS = {
 
 def main() -> None:
     """Train at 1×, test at every width, and on duplicated neurons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zoo", type=Path, help="folder made by `weightspace zoo build widths`")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
-    parser.add_argument("--skip", nargs="*", default=[], help="leave out methods whose name contains one of these")
-    parser.add_argument("--results", type=Path, help="JSON-lines file to add to and go on from")
-    options = parser.parse_args()
+    options = parser(__doc__, "widths").parse_args()
     samples = load_samples(options.zoo)
     print(samples, flush=True)
     results = Results(options.results)
