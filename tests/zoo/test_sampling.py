@@ -19,10 +19,12 @@ FACTS = {
     "digits": ((1, 8, 8), 10), "mnist": ((1, 28, 28), 10), "cifar10-gray": ((1, 32, 32), 10),
     "usps": ((1, 16, 16), 10), "text": ((64,), 65),
 }  # fmt: skip
-PROMISED = ("small-cnn-cifar10", "small-cnn-mnist", "wild-park", "widths", "inr", "mixed", "families")
+PROMISED = ("small-cnn-cifar10", "small-cnn-mnist", "wild-park", "widths", "inr", "mixed", "families", "merging")
 
 
 def _facts(data: DataSpec) -> tuple[tuple[int, ...], int]:
+    if data.tasks:
+        return (1, data.side, data.side), 10 * len(data.tasks)
     shape, classes = FACTS[data.name]
     return (shape[0], *(side // data.pool for side in shape[1:])), classes
 

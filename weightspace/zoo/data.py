@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weightspace.errors import MissingExtraError, ZooError
-from weightspace.paths import cache_dir
+from weightspace.paths import cache_dir, whole
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -30,17 +30,23 @@ Arrays = dict[str, NDArray[Any]]
 class Data:
     """Images (n, channels, side, side) in [0, 1], float32, and labels (n,), int64; train and test.
 
-    For text, ``x`` are windows of tokens (n, length), int64, and ``y`` the token after each: (n, length).
+    For text, ``x`` are windows of tokens (n, length), int64, and ``y`` the token after each: (n, length). Of several
+    ``tasks`` each has labels of its own (see ``weightspace.zoo.tasks``).
     """
 
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+    tasks: int = 1
 
     @property
     def classes(self) -> int:
         """Number of classes, or of tokens of a text."""
+        if self.tasks > 1:
+            from weightspace.zoo.tasks import CLASSES
+
+            return self.tasks * CLASSES
         return int(max(self.train_y.max(), self.test_y.max())) + 1
 
     @property
@@ -54,16 +60,19 @@ class Data:
             return self
         chosen = torch.tensor(list(classes))
         train, test = torch.isin(self.train_y, chosen), torch.isin(self.test_y, chosen)
-        return Data(self.train_x[train], self.train_y[train], self.test_x[test], self.test_y[test])
+        return self._with(self.train_x[train], self.train_y[train], self.test_x[test], self.test_y[test])
 
     def first(self, train: int = 0, test: int = 0) -> Data:
         """The first ``train`` and ``test`` examples, all of them for 0. Examples are in a random order."""
         a, b = train or len(self.train_x), test or len(self.test_x)
-        return Data(self.train_x[:a], self.train_y[:a], self.test_x[:b], self.test_y[:b])
+        return self._with(self.train_x[:a], self.train_y[:a], self.test_x[:b], self.test_y[:b])
 
     def to(self, device: str | torch.device) -> Data:
         """The same on another device."""
-        return Data(*(t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)))
+        return self._with(*(t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)))
+
+    def _with(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Data:
+        return replace(self, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class DataSpec:
     """Which data a recipe asks for: a name, perhaps a path, and how much of it (0: everything).
 
     ``pool`` averages images over squares of so many pixels; ``standardise`` shifts and scales them to mean 0 and
-    deviation 1 over the training set.
+    deviation 1 over the training set. The name ``tasks`` stands for the data sets listed in ``tasks``, side by side
+    as grey images of ``side`` pixels; ``train`` and ``test`` then bound each of them.
     """
 
     name: str
@@ -80,6 +90,8 @@ class DataSpec:
     test: int = 0
     pool: int = 1
     standardise: bool = False
+    tasks: tuple[str, ...] = ()
+    side: int = 0
 
 
 def load_data(spec: str | DataSpec, folder: str | os.PathLike[str] | None = None) -> Data:
@@ -87,8 +99,9 @@ def load_data(spec: str | DataSpec, folder: str | os.PathLike[str] | None = None
 
     ``digits``: scikit-learn's 1,797 images of 8 × 8, every fifth for testing (the same writers on both sides),
     in their own order. ``mnist``, ``cifar10`` (three colours), ``cifar10-gray`` (one), ``usps``: images in
-    [0, 1] with their own test sets. ``text``: a text file in windows of 64 characters, the last tenth for
-    testing. ``folder`` is looked into first; ``spec.path`` may name the folder or a file (of text).
+    [0, 1] with their own test sets. ``tasks``: several of these in one (see ``weightspace.zoo.tasks``).
+    ``text``: a text file in windows of 64 characters, the last tenth for testing. ``folder`` is looked into first;
+    ``spec.path`` may name the folder or a file (of text).
 
     Raises ``ZooError`` naming the places that were looked into, and ``MissingExtraError`` where a reader is
     not installed.
@@ -96,8 +109,14 @@ def load_data(spec: str | DataSpec, folder: str | os.PathLike[str] | None = None
     spec = DataSpec(spec) if isinstance(spec, str) else spec
     if spec.name == "digits":
         return _scaled(_digits().first(spec.train, spec.test), spec)
+    if spec.name == "tasks":
+        from weightspace.zoo.tasks import mixture
+
+        if not spec.tasks:
+            raise ZooError('the data "tasks" need a list of data sets, tasks = ["mnist", "usps+rot90"]')
+        return mixture(spec, folder)
     if spec.name not in _SOURCES:
-        known = ", ".join(["digits", *_SOURCES])
+        known = ", ".join(["digits", *_SOURCES, "tasks"])
         raise ZooError(f"the recipe asks for the data {spec.name!r}; there is: {known}")
     source = _SOURCES[spec.name]
     files = _find(spec, source, folder)
@@ -149,16 +168,11 @@ def _cached(name: str, files: Sequence[Path], source: _Source) -> Arrays:
     keys = ("train_x", "train_y", "test_x", "test_y")
     if not place.is_dir():
         arrays = source.read(files)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True, exist_ok=True)
-        for key in keys:
-            np.save(temporary / f"{key}.npy", arrays[key])
-        try:
-            temporary.rename(place)
-        except OSError:  # another process was faster
-            import shutil
-
-            shutil.rmtree(temporary)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole(place) as temporary:
+            temporary.mkdir()
+            for key in keys:
+                np.save(temporary / f"{key}.npy", arrays[key])
     return {key: np.load(place / f"{key}.npy", mmap_mode="r") for key in keys}
 
 

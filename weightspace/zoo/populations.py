@@ -148,7 +148,8 @@ def record_of(snapshot: Snapshot, parent: Run | None) -> dict[str, Any]:
     def finite(x: float) -> float | None:
         return x if math.isfinite(x) else None
 
-    task = run.data.name if not run.classes else f"{run.data.name} {','.join(map(str, run.classes))}"
+    part = " ".join(run.tasks) or ",".join(map(str, run.classes))
+    task = f"{run.data.name} {part}" if part else run.data.name
     record: dict[str, Any] = {
         "recipe": run.recipe,
         "population": run.population,
@@ -170,6 +171,10 @@ def record_of(snapshot: Snapshot, parent: Run | None) -> dict[str, Any]:
         "seconds": round(snapshot.seconds, 3),
         "plan": {"digest": run.digest, "epochs": run.epochs, "batch": run.batch, "seed": run.seed},
     }
+    if run.data.tasks:
+        # What the network can be asked about is decided by the data sets side by side, not by their name alone.
+        spec = {"train": run.data.train, "test": run.data.test, "tasks": list(run.data.tasks), "side": run.data.side}
+        record |= {"tasks": list(run.tasks), "data_spec": spec}
     if snapshot.label is not None:
         record |= {"label": snapshot.label, "split": run.part}
     return record
@@ -182,7 +187,7 @@ def _stacks(runs: Sequence[Run], size: int) -> list[list[Run]]:
     """Runs that can be trained together, at most ``size`` at a time and evenly."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        shared = (run.network, run.data.name, run.classes, run.hyper.get("train_fraction", 1.0), run.part)
+        shared = (run.network, run.data.name, run.classes, run.tasks, run.hyper.get("train_fraction", 1.0), run.part)
         groups.setdefault(json.dumps(shared), []).append(run)
     stacks = []
     for group in groups.values():

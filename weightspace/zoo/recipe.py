@@ -42,7 +42,8 @@ class Sampled:
 
     ``network`` and ``hyper`` hold values or draws (see ``weightspace.zoo.sampling``); ``networks`` is the number of
     different networks drawn (0: one for each run). With a ``parent`` the runs start from that population's last
-    checkpoints and are trained on ``classes`` of their parent's labels (0: all of them). ``part`` says which images
+    checkpoints and are trained on ``classes`` of their parent's labels (0: all of them), or, where the data are several
+    tasks, on ``tasks``: run ``i`` on entry ``i // parents`` of that list, round and round. ``part`` says which images
     coordinate networks are fitted to, "train" or "test". ``checkpoints`` are epochs, 0 before any training.
     """
 
@@ -57,6 +58,7 @@ class Sampled:
     networks: int = 0
     parent: str = ""
     classes: int = 0
+    tasks: tuple[tuple[str, ...], ...] = ()
     part: str = "train"
 
 
@@ -224,6 +226,7 @@ def _sampled(entry: Mapping[str, Any], source: str) -> Sampled:
         raise ZooError(f"{label}: unknown entries {unknown}, missing {missing}; known: {sorted(known)}")
     values = {**entry, "data": _data_spec(entry["data"], label)}
     values["checkpoints"] = tuple(values.get("checkpoints") or (values.get("epochs", 10),))
+    values["tasks"] = _task_lists(values.get("tasks", ()), label)
     types = {"int": int, "str": str, "tuple": tuple, "Mapping": Mapping, "DataSpec": DataSpec}
     for key, value in values.items():
         if not isinstance(value, types[known[key]]) or isinstance(value, bool):
@@ -239,6 +242,8 @@ def _sampled(entry: Mapping[str, Any], source: str) -> Sampled:
         and found.checkpoints[-1] == found.epochs,
         "a population has either a network or a parent": bool(found.parent) != bool(found.network),
         "a network has a kind": bool(found.parent) or isinstance(found.network.get("kind"), str),
+        "tasks need the data 'tasks', and exclude classes": not found.tasks
+        or (bool(found.data.tasks) and not found.classes),
         "part is train or test": found.part in ("train", "test"),
         f"hyper has entries of {', '.join(HYPER)}": set(found.hyper) <= set(HYPER),
         "a name is letters, digits, '-', '_' and '.'": plain.isalnum(),
@@ -249,9 +254,19 @@ def _sampled(entry: Mapping[str, Any], source: str) -> Sampled:
     return found
 
 
+def _task_lists(lists: Any, label: str) -> tuple[tuple[str, ...], ...]:
+    from weightspace.zoo.tasks import parse_task
+
+    if not isinstance(lists, list | tuple) or not all(isinstance(t, list) and t for t in lists):
+        raise ZooError(f'{label}: tasks is {lists!r}, expected a list of lists, [["0"], ["1:0-4", "2"]]')
+    return tuple(tuple(str(parse_task(str(t))) for t in entry) for entry in lists)
+
+
 def _data_spec(data: Any, label: str) -> DataSpec:
     values = _as_table(data)
-    known = {f.name: str(f.type) for f in fields(DataSpec)}
+    known = {f.name: str(f.type).partition("[")[0] for f in fields(DataSpec)}
+    if isinstance(values.get("tasks"), list) and all(isinstance(t, str) for t in values["tasks"]):
+        values["tasks"] = tuple(values["tasks"])
     wrong = [k for k, v in values.items() if type(v).__name__ != known.get(k)]
     if wrong or "name" not in values:
         raise ZooError(f"{label}: data has wrong entries {wrong}; expected a name, or a table of {known}")

@@ -31,8 +31,9 @@ from weightspace.zoo.recipe import Recipe, Sampled
 class Run:
     """One training run: a network, its hyper-parameters, its data, and where its checkpoints are taken.
 
-    ``classes`` is the subset of labels it is trained on (empty: all), ``parent`` the name of the run from whose last
-    checkpoint it starts (empty: from scratch). ``digest`` names everything that decides the outcome.
+    ``classes`` is the subset of labels it is trained on, ``tasks`` that of the tasks of its data (empty: all);
+    ``parent`` the name of the run from whose last checkpoint it starts (empty: from scratch). ``digest`` names
+    everything that decides the outcome.
     """
 
     recipe: str
@@ -46,6 +47,7 @@ class Run:
     checkpoints: tuple[int, ...]
     part: str = "train"
     classes: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
     parent: str = ""
     parent_digest: str = ""
 
@@ -64,6 +66,10 @@ class Run:
         """Hash of everything in the recipe that decides how the run comes out (not of where its data lie)."""
         facts = asdict(self)
         facts["data"].pop("path")
+        # Entries that only data of several tasks have leave the digests of all other runs as they are.
+        for table, key in ((facts, "tasks"), (facts["data"], "tasks"), (facts["data"], "side")):
+            if not table[key]:
+                table.pop(key)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def file(self, epoch: int) -> str:
@@ -77,7 +83,7 @@ def runs_of(
     """Every run of a population. ``facts``: shape of an example and number of classes of its data.
 
     A run ``i`` with a parent starts from run ``i mod len(parents)`` of it, has its network, and is trained on a random
-    subset of that run's classes.
+    subset of that run's classes, or on the tasks that the population lists.
     """
     runs = []
     shape, classes = facts
@@ -86,6 +92,9 @@ def runs_of(
         hyper = draw(population.hyper, where)
         parent = parents[index % len(parents)] if parents else None
         task: tuple[int, ...] = ()
+        given: tuple[str, ...] = ()
+        if population.tasks:
+            given = population.tasks[index // max(len(parents), 1) % len(population.tasks)]
         if parent is not None:
             network: Mapping[str, Any] = parent.network
             held = parent.classes or tuple(range(classes))
@@ -112,6 +121,7 @@ def runs_of(
                 checkpoints=population.checkpoints,
                 part=population.part,
                 classes=task,
+                tasks=given,
                 parent=parent.name if parent else "",
                 parent_digest=parent.digest if parent else "",
             )

@@ -27,6 +27,7 @@ from weightspace.errors import ZooError
 from weightspace.zoo.data import Data
 from weightspace.zoo.description import module_of
 from weightspace.zoo.sampling import Run
+from weightspace.zoo.tasks import chosen, own_outputs
 
 TRAIN_MEASURED = 2000
 """Training examples on which accuracy and loss are measured."""
@@ -75,7 +76,7 @@ def train_stack(
     order = sorted(range(len(runs)), key=lambda i: hyper_of(runs[i])["optimiser"])
     runs = [runs[i] for i in order]
     states = [dict(starts[i]) if starts is not None else initial_state(runs[k]) for k, i in enumerate(order)]
-    stack = _Stack(runs, states, device)
+    stack = _Stack(runs, states, device, several_tasks=data.tasks > 1)
     task = _task(runs, data, device)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{first.recipe}/order".encode()))
     for epoch in range(first.epochs + 1):
@@ -155,7 +156,9 @@ def hyper_of(run: Run) -> dict[str, float | str]:
 class _Stack:
     """Parameters of all runs in one matrix (runs, weights), of which the module's tensors are views."""
 
-    def __init__(self, runs: Sequence[Run], states: Sequence[dict[str, Tensor]], device: str) -> None:
+    def __init__(
+        self, runs: Sequence[Run], states: Sequence[dict[str, Tensor]], device: str, several_tasks: bool = False
+    ) -> None:
         hypers = [hyper_of(run) for run in runs]
         with torch.device("meta"):
             self.module, _ = module_of(runs[0].network)
@@ -171,6 +174,7 @@ class _Stack:
         self.buffers = {n: torch.stack([s[n] for s in states]).to(device) for n, _ in self.module.named_buffers()}
         self.order = list(states[0])
         self.device = device
+        self.several_tasks = several_tasks
 
         def column(key: str) -> Tensor:
             return torch.tensor([float(h[key]) for h in hypers], device=device)[:, None]
@@ -207,9 +211,13 @@ class _Stack:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One optimiser step of every run on a batch that all share."""
-        losses = _losses(self.outputs(x, True, self._mask(len(x))), y)
+        losses = _losses(*self.judged(self.outputs(x, True, self._mask(len(x))), y))
         gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
         self._update(torch.cat([g.flatten(1) for g in gradients], 1))
+
+    def judged(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs that are judged, and the labels among them: of several tasks the example's own."""
+        return own_outputs(out, y) if self.several_tasks else (out, y)
 
     def tensors(self, i: int) -> dict[str, Tensor]:
         """A copy of the tensors of one run, in the module's order."""
@@ -263,7 +271,7 @@ class _Classification:
     """Labels of images, or next tokens of a text: all runs see the same part of the training set."""
 
     def __init__(self, runs: Sequence[Run], data: Data, device: str) -> None:
-        part = data.only(runs[0].classes)
+        part = chosen(data, runs[0].tasks) if runs[0].tasks else data.only(runs[0].classes)
         fraction = float(hyper_of(runs[0])["train_fraction"])
         self.data = part.first(max(1, math.ceil(fraction * len(part.train_x)))).to(device)
 
@@ -330,7 +338,7 @@ def _measure(stack: _Stack, x: Tensor, y: Tensor) -> tuple[list[float | None], l
     size = max(16, _AT_ONCE.get(x.device.type, 1024) // len(stack))
     for start in range(0, len(x), size):
         part, target = x[start : start + size], y[start : start + size]
-        out = stack.outputs(part, False)
+        out, target = stack.judged(stack.outputs(part, False), target)
         correct += (out.argmax(-1) == target).flatten(1).sum(1)
         loss += _losses(out, target).double() * target.numel()
     found: list[float | None] = list((correct / y.numel()).tolist())
