@@ -35,6 +35,7 @@ _EXPORTS = {
     "graph": "weightspace.graph",
     "ParameterGraph": "weightspace.graph",
     "Zoo": "weightspace.zoo",
+    "merge": "weightspace.merge",
     "metanets": "weightspace.metanets",
     "embed": "weightspace.pretrained",
     "predict_accuracy": "weightspace.pretrained",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from weightspace.checkpoint import open as open
     from weightspace.graph import ParameterGraph as ParameterGraph
     from weightspace.graph import graph as graph
+    from weightspace.merge import merge as merge
     from weightspace.pretrained import embed as embed
     from weightspace.pretrained import predict_accuracy as predict_accuracy
     from weightspace.wiring import wiring as wiring

@@ -49,3 +49,7 @@ class ZooError(WeightspaceError):
 
 class MetanetError(WeightspaceError):
     """A metanetwork was given an option, a network or a set of samples that it cannot use."""
+
+
+class MergeError(WeightspaceError):
+    """Models that cannot be merged as asked, or a method or recipe that makes no sense; nothing was written."""

@@ -85,6 +85,23 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             hint = f"; near: {', '.join(near)}" if near else f"; it begins with {', '.join(list(self)[:5])}"
             raise KeyError(f"{self._where()} has no tensor {name!r}{hint}") from None
 
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of a flattened tensor, shape (stop - start,).
+
+        Reads no more than these from safetensors; other formats load the tensor and give a view of it.
+        Raises ``IndexError`` outside ``0 <= start <= stop <= elements``.
+        """
+        entry = self._entry(name)
+        if not 0 <= start <= stop <= entry.numel:
+            raise IndexError(f"{self._where()}: {name!r} has {entry.numel:,} elements, not {start:,} to {stop:,}")
+        if entry.part is None:
+            return self[name].reshape(-1)[start:stop]
+        return entry.part(start, stop)
+
+    def reads_parts(self, name: str) -> bool:
+        """Whether `part` reads no more of a tensor than it is asked for."""
+        return self._entry(name).part is not None
+
     # What is known without loading
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -15,11 +15,16 @@ from weightspace.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor that is not loaded yet."""
+    """One tensor that is not loaded yet.
+
+    ``part``: elements ``start`` to ``stop`` of the flattened tensor, where the file stores them plainly, so that a
+    huge tensor can be read in pieces.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+    part: Callable[[int, int], torch.Tensor] | None = None
 
     @property
     def numel(self) -> int:

@@ -92,7 +92,8 @@ def _entry(source: Source, name: str, record: Any, start: int) -> tuple[Entry, i
             f"{what} of {record['dtype']} {shape} needs {needed:,} bytes, its offsets give {end - begin:,}"
         )
     source.check(start + begin, end - begin, f"tensor {name!r}")
-    return Entry(shape, dtype, functools.partial(_load, source, start + begin, end - begin, dtype, shape)), begin, end
+    load = functools.partial(_load, source, start + begin, end - begin, dtype, shape)
+    return Entry(shape, dtype, load, functools.partial(_part, source, start + begin, dtype)), begin, end
 
 
 def _naturals(value: Any, what: str) -> tuple[int, ...]:
@@ -117,3 +118,8 @@ def _check_layout(source: Source, spans: list[tuple[int, int, str]], size: int) 
 
 def _load(source: Source, offset: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return dtypes.to_tensor(source.buffer(offset, length), dtype, shape)
+
+
+def _part(source: Source, offset: int, dtype: torch.dtype, first: int, last: int) -> torch.Tensor:
+    size = dtype.itemsize
+    return dtypes.to_tensor(source.buffer(offset + first * size, (last - first) * size), dtype, (last - first,))

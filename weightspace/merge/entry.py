@@ -1,0 +1,225 @@
+"""``ws.merge(models, method, …)``: opens, plans, runs, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightspace.errors import MergeError, WiringError
+from weightspace.merge import engine
+from weightspace.merge.method import Method, Prepared, Settings, WithData, hyper_parameters
+from weightspace.merge.methods import make
+from weightspace.merge.report import Merged, Report
+from weightspace.merge.sources import FLOATS, Model, plan, tie
+from weightspace.merge.writer import FileSink, MemorySink
+
+if TYPE_CHECKING:
+    from weightspace.wiring.wiring import Wiring
+
+# Beside the weights of a Hugging Face model: what a merged one needs as well. Code (.py) is not among it.
+_COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_LARGEST_COPY = 256 << 20
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def merge(
+    models: Sequence[Any] | Mapping[str, Any],
+    method: str | Method = "linear",
+    base: Any = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    data: Any = None,
+    wiring: Wiring | None = None,
+    exclude: Sequence[str] = (),
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
+    seed: int = 0,
+    unverified: bool = False,
+    threads: int | None = None,
+    progress: bool = False,
+    settings: Settings | None = None,
+    **hyper: Any,
+) -> Merged:
+    """Merge models into one.
+
+    ``models``: paths, URLs, Checkpoints, mappings of tensors or modules, at least one; a mapping names them.
+    ``method``: a name of ``METHODS`` with hyper-parameters as further keywords, or a `Method`. ``base``: the model
+    that they were fine-tuned from, where the method works on task vectors; without need of one it only gives what is
+    copied. ``out``: a ``.safetensors`` file or a new folder; None gives the tensors in memory. ``weights``: a number
+    per model. ``data``, ``wiring``, ``unverified``: for methods that run the network (see `WithData`).
+
+    ``exclude``: names of tensors, with ``*``, that are copied from the base (or the first model) instead.
+    ``dtype``: element type of the result (default: the base's or the first model's, tensor by tensor); arithmetic is
+    in float32. ``max_shard_size``: most bytes in a file, such as ``"5GB"``. ``threads``: default 2.
+    ``settings`` gives method and weights by tensor name, for recipes.
+
+    The result holds the base's (or first model's) tensors in its order; its report says of each what became of it.
+    Integer tensors are copied; they must agree, counters (one element) excepted. Tied weights are merged once. A
+    Hugging Face folder's configuration and tokeniser are copied to the new folder.
+
+    Raises `MergeError`, before anything is written, for tensors that are missing somewhere or have other shapes, NaN
+    or infinite values, a missing base, a full disk, or an ``out`` that is one of the inputs. Whatever stops a merge,
+    nothing is left behind.
+    """
+    started = time.perf_counter()
+    labels = list(models) if isinstance(models, Mapping) else [None] * len(models)
+    given = list(models.values()) if isinstance(models, Mapping) else list(models)
+    sources = [Model(model, name, f"model {i + 1}") for i, (model, name) in enumerate(zip(given, labels, strict=True))]
+    origin = None if base is None else Model(base, None, "the base")
+    chosen = _method(method, seed, hyper)
+    fewest, most = chosen.count
+    if len(sources) < fewest or (most is not None and len(sources) > most):
+        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        raise MergeError(f"{chosen.name} merges {wanted} models, {len(sources)} were given")
+    if chosen.needs_base and origin is None:
+        raise MergeError(
+            f"{chosen.name} works on what fine-tuning changed: give the model that all were fine-tuned from as base=; "
+            "without one, method='linear' takes the mean"
+        )
+    chosen.check(len(sources))
+    shares = _weights(weights, len(sources), chosen)
+    kind = _dtype(dtype)
+    target = None if out is None else _target(Path(out), [*sources, *([origin] if origin else [])])
+    planned = plan(
+        sources, origin, exclude=exclude, dtype=kind, any_shape=chosen.any_shape, needs_base=chosen.needs_base
+    )
+    everyone = [*([origin] if origin and chosen.needs_base else []), *sources]
+    if not chosen.any_shape:
+        planned = tie(planned, everyone)
+    used = origin if chosen.needs_base else None
+    notes: dict[str, str] = {}
+    prepared = None
+    if isinstance(chosen, Prepared):
+        if isinstance(chosen, WithData) and data is None:
+            raise MergeError(f"{chosen.name} learns from inputs of the models' tasks: give them as data=")
+        prepared, planned, notes = engine.prepare(
+            chosen, origin, sources, planned, shares, data=data, seed=seed, unverified=unverified, progress=progress,
+            wiring=_wiring(wiring, chosen, everyone[0]),
+        )  # fmt: skip
+        used = origin
+    described = {
+        "method": chosen.name, "hyper_parameters": hyper_parameters(chosen), "weights": list(shares), "seed": seed,
+        "models": [m.label for m in sources], "base": origin.label if origin else None, "exclude": list(exclude),
+    }  # fmt: skip
+    layout = [(a.name, a.shape, a.dtype) for a in planned.actions]
+    by_tensor = settings or (lambda _: (chosen, shares))
+
+    def go(sink: engine.Sink) -> None:
+        from weightspace.zoo.progress import bar
+
+        with bar(chosen.name, len(planned.actions), progress) as step:
+            engine.Run(planned, used, sources, by_tensor, sink, threads=threads, step=step).go(chosen, prepared)
+
+    tensors, path = None, None
+    if target is None:
+        memory = MemorySink(layout)
+        go(memory)
+        tensors = memory.tensors
+    else:
+        extra, more = _companions(origin or sources[0], kind) if target.suffix != ".safetensors" else ({}, [])
+        metadata = {"format": "pt", "merge": json.dumps(described)}
+        with FileSink(target, layout, metadata=metadata, max_shard_size=_size(max_shard_size), extra=extra) as file:
+            go(file)
+        path = file.result
+        notes.update({f"\0{i}": note for i, note in enumerate(more)})
+    rows = [a.row(notes.get(a.name, "")) for a in planned.actions] + planned.left_out
+    said = tuple(note for name, note in notes.items() if name not in {a.name for a in planned.actions})
+    report = Report(tuple(rows), described, time.perf_counter() - started, said)
+    return Merged(report, tensors, path)
+
+
+def _method(method: str | Method, seed: int, hyper: Mapping[str, Any]) -> Method:
+    if isinstance(method, Method):
+        if hyper:
+            raise MergeError(f"{', '.join(hyper)} given beside a Method, which has its own hyper-parameters")
+        return method
+    from weightspace.merge.methods import method_class
+
+    if "seed" in method_class(method).__dataclass_fields__:
+        hyper = {"seed": seed, **hyper}
+    return make(method, **hyper)
+
+
+def _weights(weights: Sequence[float] | None, count: int, method: Method) -> tuple[float, ...]:
+    if weights is None:
+        return (method.default_weight,) * count
+    if len(weights) != count:
+        raise MergeError(f"{len(weights)} weights for {count} models; one per model was expected, in their order")
+    return tuple(float(w) for w in weights)
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in FLOATS:
+        names = ", ".join(str(f).removeprefix("torch.") for f in FLOATS)
+        raise MergeError(f"dtype is {dtype!r}; one of {names} was expected")
+    return found
+
+
+def _size(text: int | str | None) -> int | None:
+    if text is None or isinstance(text, int):
+        value = text
+    else:
+        found = re.fullmatch(r"\s*([\d.]+)\s*([kmg]i?)?b?\s*", text.lower())
+        if not found:
+            raise MergeError(f"max_shard_size is {text!r}; bytes as a number, or such as '5GB', '500MiB' was expected")
+        value = int(float(found[1]) * _UNITS[found[2] or ""])
+    if value is not None and value <= 0:
+        raise MergeError(f"max_shard_size is {text!r}; more than 0 bytes was expected")
+    return value
+
+
+def _target(path: Path, inputs: Sequence[Model]) -> Path:
+    if path.suffix != ".safetensors" and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5"):
+        raise MergeError(f"{path}: results are NAME.safetensors or a new folder, not {path.suffix}")
+    place = path.resolve()
+    for model in inputs:
+        if place in model.files:
+            raise MergeError(f"{path} is the input {model.label}; choose another name")
+    return path
+
+
+def _wiring(wiring: Wiring | None, method: Method, model: Model) -> Wiring | None:
+    if wiring is not None or not method.needs_wiring:
+        return wiring
+    from weightspace.wiring.entry import wiring as find
+
+    try:
+        return find(model.tensors)
+    except WiringError as error:
+        raise MergeError(
+            f"{method.name} needs to know how the network is wired, and none of {model.label} was found ({error}); "
+            "give one: wiring=ws.wiring(module, inputs)"
+        ) from error
+
+
+def _companions(model: Model, dtype: torch.dtype | None) -> tuple[dict[str, bytes | Path], list[str]]:
+    """Files to lie beside merged weights, and remarks."""
+    folder = model.folder
+    if folder is None:
+        return {}, []
+    found: dict[str, bytes | Path] = {}
+    notes = []
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.name.endswith(".index.json"):
+            continue
+        if file.suffix in _COPIED and file.stat().st_size <= _LARGEST_COPY:
+            found[file.name] = file
+        elif file.suffix == ".py":
+            notes.append(f"{file.name} of {model.label} is code and was not copied")
+    if dtype is not None and "config.json" in found:
+        config = json.loads((folder / "config.json").read_text())
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(config, dict) and key in config:
+                config[key] = str(dtype).removeprefix("torch.")
+        found["config.json"] = json.dumps(config, indent=2).encode()
+    notes.append(f"{', '.join(found)} copied from {model.label}" if found else "nothing to copy beside the weights")
+    return found, notes
