@@ -33,6 +33,7 @@ _EXPORTS = {
     "Signature": "weightspace.wiring.catalogue",
     "Skeleton": "weightspace.wiring.catalogue",
     "graph": "weightspace.graph",
+    "align": "weightspace.align",
     "ParameterGraph": "weightspace.graph",
     "Zoo": "weightspace.zoo",
     "merge": "weightspace.merge",
@@ -47,6 +48,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from weightspace import errors as errors
     from weightspace import metanets as metanets
+    from weightspace.align import align as align
     from weightspace.checkpoint import Checkpoint as Checkpoint
     from weightspace.checkpoint import open as open
     from weightspace.graph import ParameterGraph as ParameterGraph

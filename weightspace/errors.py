@@ -53,3 +53,7 @@ class MetanetError(WeightspaceError):
 
 class MergeError(WeightspaceError):
     """Models that cannot be merged as asked, or a method or recipe that makes no sense; nothing was written."""
+
+
+class AlignmentError(WeightspaceError):
+    """Two networks cannot be aligned as asked: other names or shapes, numbers that are not finite, a wrong option."""

@@ -16,8 +16,8 @@ from weightspace.graph import ParameterGraph, graph
 from weightspace.graph.build import of_tensors
 from weightspace.metanets import augment
 from weightspace.metanets.augment import Augmentation
-from weightspace.metanets.matching import Matcher
 from weightspace.wiring import wiring
+from weightspace.wiring.matching import Matcher
 from weightspace.wiring.wiring import Wiring
 
 INPUTS = torch.randn(16, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

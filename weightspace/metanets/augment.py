@@ -18,7 +18,7 @@ from weightspace.errors import MetanetError
 from weightspace.graph import ParameterGraph
 
 if TYPE_CHECKING:
-    from weightspace.metanets.matching import Matcher
+    from weightspace.wiring.matching import Matcher
     from weightspace.wiring.wiring import Wiring
 
 Tensors = dict[str, torch.Tensor]
@@ -151,7 +151,7 @@ class Augmentation:
         Gives the mixed networks, the number of each one's partner, and the share of the network itself
         (at least a half); a network that is alone on its wiring stays as it is.
         """
-        from weightspace.metanets.matching import matcher_of
+        from weightspace.wiring.matching import matcher_of
 
         kinds: dict[int, list[int]] = {}
         for number, graph in enumerate(graphs):

@@ -1,0 +1,48 @@
+"""The methods of alignment, by name. A new one is a file with one function and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from weightspace.errors import AlignmentError
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where a method is, and what it needs.
+
+    The function is called as ``f(a, b, wiring, *, seed, **options)`` with mappings of tensors as they are in the files
+    and gives a ``Permutation`` or a ``Found``. Methods with ``needs_inputs`` get ``inputs=`` (a tensor or a tuple of
+    tensors for ``wiring.program.run``) and raise without; ``takes_inputs``: they may get them. Where ``one_wiring`` is
+    False, a and b may differ in widths or depth: the function gets the wiring of b, and that of a as ``wiring_a=``.
+    """
+
+    module: str
+    name: str
+    paper: str
+    needs_inputs: bool = False
+    takes_inputs: bool = False
+    one_wiring: bool = True
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(import_module(self.module), self.name)
+        return found
+
+
+METHODS: dict[str, Method] = {
+    "weight-matching": Method(
+        "weightspace.align.weight_matching", "weight_matching", "Ainsworth et al. 2023, Git Re-Basin"
+    ),
+}
+
+
+def method_of(name: str) -> Method:
+    """The method of that name; raises ``AlignmentError`` with those that there are."""
+    found = METHODS.get(name)
+    if found is None:
+        raise AlignmentError(f"there is no alignment method {name!r}; there are {', '.join(METHODS)}")
+    return found

@@ -1,0 +1,115 @@
+"""Where tensors carry the free factors of a wiring, and a factor's view of a tensor.
+
+A *place* is one occurrence of a factor in a tensor. Its view lays the tensor out as ``(*over, size, rest)``: the
+factors that it is fibred over, its own positions, and everything else. Two networks of one wiring are compared along a
+factor by one matrix product of their views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from weightspace.wiring.axis import Factor
+from weightspace.wiring.wiring import Block, Wiring, _joint
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One occurrence of ``factor`` in ``tensor``; ``others`` are the free factors that lie there besides.
+
+    ``repeated`` says that the factor occurs in this tensor more than once (recurrent and square weights).
+    """
+
+    factor: str
+    tensor: str
+    others: tuple[str, ...]
+    repeated: bool
+    dims: tuple[int, ...]
+    positions: tuple[Tensor | None, ...] = field(repr=False)
+    sizes: tuple[tuple[int, ...], ...] = field(repr=False)
+    front: tuple[int, ...] = field(repr=False)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part of the tensor that this place is about, ``(*over, size, rest)``.
+
+        The tensor may have further dims behind the wiring's own (real and imaginary parts); they are rest.
+        """
+        for dim, positions in zip(self.dims, self.positions, strict=True):
+            if positions is not None:
+                tensor = tensor.index_select(dim, positions.to(tensor.device))
+        parts: list[int] = []
+        for dim, size in enumerate(tensor.shape):
+            parts += self.sizes[self.dims.index(dim)] if dim in self.dims else (size,)
+        spread = tensor.reshape(parts)
+        rest = [i for i in range(spread.dim()) if i not in self.front]
+        lead = [parts[i] for i in self.front]
+        return spread.permute(*self.front, *rest).reshape(*lead, -1)
+
+
+def places(wiring: Wiring) -> dict[str, tuple[Place, ...]]:
+    """The places of every free factor, in the order of the tensors; kept on the wiring."""
+    known = wiring.kept.get("places")
+    if isinstance(known, dict):
+        return known
+    free = wiring.free
+    found: dict[str, list[Place]] = {name: [] for name in free}
+    for tensor, layout in wiring.layouts.items():
+        shape = wiring.shapes[tensor]
+        if prod(shape) == 0:
+            continue
+        here: list[tuple[str, tuple[int, ...], Block, tuple[int, int]]] = []
+        for dims, blocks in _joint(layout, wiring.factors):
+            for block in blocks:
+                here += [
+                    (f, dims, block, (d, k)) for d, s in enumerate(block) for k, f in enumerate(s.factors) if f in free
+                ]
+        names = [f for f, _, _, _ in here]
+        for f, dims, block, which in here:
+            others = tuple(n for n in dict.fromkeys(names) if n != f and free[n].size > 1)
+            found[f].append(_place(f, tensor, others, _repeats(f, here), shape, dims, block, which, free))
+    result = {name: tuple(row) for name, row in found.items()}
+    wiring.kept["places"] = result
+    return result
+
+
+def _repeats(factor: str, here: list[tuple[str, tuple[int, ...], Block, tuple[int, int]]]) -> bool:
+    """Whether one occurrence shares entries of the tensor with another: not so for segments laid end to end."""
+    mine = [(dims, block, d) for f, dims, block, (d, _) in here if f == factor]
+    for i, (dims, block, d) in enumerate(mine):
+        for other_dims, other_block, e in mine[i + 1 :]:
+            if dims != other_dims or d != e or block is other_block:
+                return True
+    return False
+
+
+def _place(
+    factor: str, tensor: str, others: tuple[str, ...], repeated: bool, shape: tuple[int, ...], dims: tuple[int, ...],
+    block: Block, which: tuple[int, int], free: Mapping[str, Factor],
+) -> Place:  # fmt: skip
+    positions: list[Tensor | None] = []
+    for dim, segment in zip(dims, block, strict=True):
+        at = torch.tensor([segment.start])
+        for size, stride in zip(segment.sizes, segment.strides, strict=True):
+            at = (at[:, None] + stride * torch.arange(size)).reshape(-1)
+        whole = len(at) == shape[dim] and bool((at == torch.arange(shape[dim])).all())
+        positions.append(None if whole else at)
+    sizes = tuple(segment.sizes for segment in block)
+    # Number of each factor's dim once every dim of the block is spread out over its factors.
+    starts, at_dim = {}, 0
+    for dim in range(len(shape)):
+        starts[dim] = at_dim
+        at_dim += len(sizes[dims.index(dim)]) if dim in dims else 1
+    numbers = {(d, k): starts[dims[d]] + k for d, s in enumerate(block) for k in range(len(s.factors))}
+    front = []
+    for outer in free[factor].over:
+        held = [(d, k) for d, s in enumerate(block) for k, f in enumerate(s.factors) if f == outer]
+        # One in the same dim is meant before one of that name elsewhere.
+        near = [at for at in held if at[0] == which[0]]
+        front.append(numbers[(near or held)[0]])
+    front.append(numbers[which])
+    return Place(factor, tensor, others, repeated, dims, tuple(positions), sizes, tuple(front))
