@@ -1,0 +1,545 @@
+"""Models that were moved inside their orbit so that they cannot be merged: detected against a relative, and undone.
+
+MergeLock (Wang et al. 2025) multiplies queries and keys, values and output projections by invertible matrices and their
+inverses; PaRaMS (Wei et al. 2025) permutes the neurons of feed-forward layers and rescales heads; neurons of any
+ReLU network can be permuted and rescaled. Each keeps the function and takes the model away from its base, so that
+averages with it are worthless. All of these are symmetries that a proved wiring knows, so that a base (or any
+fine-tuned sibling) suffices to undo them:
+
+- *permutations* are found by weight matching on the least-norm representatives of both networks, heads by the cosine of
+  what their two sides compute together, which no map inside the head changes;
+- *scales* and *signs* by comparing the least-norm representatives element by element;
+- *maps* inside heads by a Sylvester equation for each head (``weightspace.mergeability.linear``).
+
+A kind is reported when undoing it takes away most of the distance to the reference, more than its number of free
+parameters explains by chance. What is undone is proved by running the network before and after.
+
+Nothing here knows an architecture: factors, sides and groups are the wiring's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from weightspace.errors import UnprovedWiringError, WeightspaceError
+from weightspace.mergeability.linear import Inner, alike, inner_factors, random_maps, solve
+from weightspace.wiring.balance import balance
+from weightspace.wiring.matching import Matching, assign, float32, tensor_weights
+from weightspace.wiring.places import places
+from weightspace.wiring.scaling import Rescaling, Scaling, scaling
+from weightspace.wiring.slots import count_of, shape_of
+from weightspace.wiring.wiring import Permutation, Wiring
+
+if TYPE_CHECKING:
+    from weightspace.wiring.places import Place
+    from weightspace.wiring.slots import Slot
+
+Kind = Literal["permutations", "scales", "signs", "maps"]
+KINDS: tuple[Kind, ...] = ("permutations", "scales", "signs", "maps")
+
+EXPLAINED = 0.5
+"""A kind is reported for a factor where undoing it removes this share of the squared distance, corrected for chance."""
+NEAR = 0.6
+"""Relative distance to the reference, after undoing, up to which a model counts as its relative. Independent networks,
+aligned as well as can be, lie above; see ``weightspace.mergeability.ancestry``."""
+TOLERANCE = 1e-3
+"""Largest relative change of the float32 outputs by the undoing; rounding of large maps reaches 1e-4."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What undoing one kind did for one factor; ``number`` is that of the generator or flip.
+
+    ``elements`` of ``of`` were moved by it; ``before`` and ``after`` are squared distances to the reference over the
+    tensors concerned, relative to the reference's squared norm; ``explained`` the share that went, corrected for the
+    share ``chance`` that as many free parameters would take away from a random difference.
+    """
+
+    kind: Kind
+    factor: str
+    number: int
+    elements: int
+    of: int
+    before: float
+    after: float
+    chance: float
+
+    @property
+    def explained(self) -> float:
+        """Between 0 (no more than chance) and 1 (all of the distance)."""
+        if self.before <= 0:
+            return 0.0
+        return 1 - min(1.0, (self.after / self.before) / max(1 - self.chance, 1e-9))
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.kind} on {self.factor}: {self.elements} of {self.of} elements, squared distance "
+            f"{self.before:.3g} → {self.after:.3g} ({self.explained:.0%} explained)"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Protection:
+    """What ``examine`` found. ``kinds`` is empty for an ordinary model.
+
+    ``before`` and ``after`` are relative distances of the whole model to the reference, ``|m - r| / sqrt(|m|^2 +
+    |r|^2)`` averaged over tensors: 0 for equal, 1 for unrelated weights. ``error`` is the relative change of the
+    outputs by the undoing. ``tensors`` is the model with everything undone: the same function, near the reference;
+    the model itself where nothing was found. ``nearest`` is the distance with all undone that can be, whether anything
+    speaks for it or not, and ``related`` whether it is below ``NEAR``.
+    """
+
+    kinds: tuple[Kind, ...]
+    evidence: tuple[Evidence, ...]
+    before: float
+    after: float
+    nearest: float
+    related: bool
+    error: float
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    permutations: Permutation | None = field(default=None, repr=False)
+    seconds: float = 0.0
+
+    @property
+    def protected(self) -> bool:
+        """True where the model was moved inside its orbit, away from the reference."""
+        return bool(self.kinds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain values."""
+        return {
+            "protected": self.protected,
+            "kinds": list(self.kinds),
+            "before": self.before,
+            "after": self.after,
+            "nearest": self.nearest,
+            "related": self.related,
+            "error": self.error,
+            "evidence": [{**asdict(e), "explained": e.explained} for e in self.evidence],
+            "seconds": self.seconds,
+        }
+
+    def __repr__(self) -> str:
+        if not self.protected:
+            what = "nothing found" if self.related else "not a relative of the reference"
+            return f"Protection({what}; distance {self.before:.3f}, {self.seconds:.1f} s)"
+        lines = [
+            f"Protection({', '.join(self.kinds)}; distance to the reference {self.before:.3f} → {self.after:.3f}, "
+            f"function unchanged to {self.error:.0e}, {self.seconds:.1f} s)"
+        ]
+        lines += [f"  {e}" for e in self.evidence[:8]]
+        if len(self.evidence) > 8:
+            lines.append(f"  … {len(self.evidence) - 8} more")
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------ hiding a model
+
+
+def protect(
+    tensors: Mapping[str, Tensor],
+    wiring: Wiring,
+    seed: int = 0,
+    *,
+    kinds: Collection[Kind] = KINDS,
+    spread: float = 0.5,
+) -> dict[str, Tensor]:
+    """A copy of a network that computes the same and is far from it, as MergeLock and PaRaMS make one; for tests.
+
+    ``maps``: a random invertible matrix, singular values ``exp(spread z)``, for every group of every factor that takes
+    one (queries and keys, values and outputs). ``permutations``: a random element of the wiring's group. ``scales``:
+    every other positive rescaling, by ``exp(spread z)``; ``signs``: sign flips by coin. Kinds that a wiring does not
+    have change nothing. Computed in float64; dtypes are kept.
+
+    Raises ``UnprovedWiringError`` for a wiring that is not proved, ``WeightspaceError`` for an unknown kind.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise WeightspaceError(f"there is no kind of protection {unknown[0]!r}; expected some of {', '.join(KINDS)}")
+    group, inner = scaling(wiring), inner_factors(wiring)
+    generator = torch.Generator().manual_seed(seed)
+    now = _doubles(tensors)
+    if "maps" in kinds:
+        for i in inner:
+            now = i.apply(random_maps(i, generator, spread), now)
+    taken = {i.factor for i in inner}
+    drawn = group.random(int(torch.randint(1 << 30, (), generator=generator)), spread)
+    scales = tuple(
+        s if "scales" in kinds and g.factor not in taken else torch.ones_like(s)
+        for g, s in zip(group.generators, drawn.scales, strict=True)
+    )
+    signs = tuple(
+        s if "signs" in kinds and f.factor not in taken else torch.ones_like(s)
+        for f, s in zip(group.flips, drawn.signs, strict=True)
+    )
+    now = group.apply(Rescaling(scales, signs), now)
+    if "permutations" in kinds:
+        now |= wiring.apply(wiring.random(generator), {n: t for n, t in now.items() if n in wiring.layouts})
+    return {n: now[n].to(t.dtype) for n, t in tensors.items()}
+
+
+def _doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.to(torch.float64) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------ finding and undoing
+
+
+def examine(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring: Wiring) -> Protection:
+    """Is a model a permuted, rescaled or mapped copy of a relative of the reference? And what is it without that?
+
+    ``model`` and ``reference`` have the wiring's tensors; both are held in memory, in float64. A fine-tuned model is
+    brought near its base in the same way as an exact copy, as far as training left them alike.
+
+    Raises ``UnprovedWiringError`` for a wiring that is not proved or has no network to run, because undoing a wrong
+    symmetry would break the model.
+    """
+    started = time.perf_counter()
+    if not wiring.proved or wiring.program is None:
+        why = "has no network to run" if wiring.program is None else f"is {wiring.status}, not proved"
+        raise UnprovedWiringError(
+            f"the wiring ({wiring.origin}) {why}; expected a proved one to tell symmetries from other changes: wire "
+            "the module with example inputs"
+        )
+    search = _Search(wiring, _doubles(reference))
+    given = _doubles(model)
+    whole = search.plan(given)
+    full = search.undone(given, whole)
+    before = after = search.distance(given)
+    nearest = search.distance(full)
+    evidence = tuple(search.evidence(given, whole, full)) if nearest <= NEAR else ()
+    kept = whole.only(evidence)
+    result, error = dict(model), 0.0
+    if kept.kinds:
+        undone = search.undone(given, kept)
+        after = search.distance(undone)
+        result = {n: undone[n].to(t.dtype) for n, t in model.items()}
+        error = _error(wiring, model, result)
+        if not error <= TOLERANCE:
+            # Never hand out a model that computes something else.
+            kept, evidence, result, after = _Plan.empty(wiring), (), dict(model), before
+    return Protection(
+        kept.kinds, evidence, before, after, nearest, nearest <= NEAR, error, result,
+        kept.permutation if kept.kinds else None, time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _error(wiring: Wiring, one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
+    from weightspace.wiring.proof import distance, run
+
+    program = wiring.program
+    assert program is not None
+    outs = [
+        run(program, {n: _plain(t[n]) if n in t else program.tensors[n] for n in program.tensors}, torch.float32)
+        for t in (one, two)
+    ]
+    return distance(*outs)
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.to(torch.float32) if t.is_floating_point() else t
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is to be undone: a permutation, log scales of generators, flips, and the factors whose maps are solved."""
+
+    permutation: Permutation
+    logs: Mapping[int, Tensor]
+    flips: Mapping[int, Tensor]
+    maps: tuple[str, ...]
+
+    @staticmethod
+    def empty(wiring: Wiring) -> _Plan:
+        return _Plan(wiring.identity(), {}, {}, ())
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        held: dict[Kind, bool] = {
+            "permutations": bool(self.permutation.index), "scales": bool(self.logs), "signs": bool(self.flips),
+            "maps": bool(self.maps),
+        }  # fmt: skip
+        return tuple(k for k in KINDS if held[k])
+
+    def only(self, evidence: Sequence[Evidence]) -> _Plan:
+        """Without what nothing speaks for."""
+        named = {kind: {e.factor for e in evidence if e.kind == kind} for kind in KINDS}
+        numbers = {kind: {e.number for e in evidence if e.kind == kind} for kind in KINDS}
+        return _Plan(
+            Permutation(
+                {f: p for f, p in self.permutation.index.items() if f in named["permutations"]},
+                self.permutation.factors,
+            ),
+            {k: u for k, u in self.logs.items() if k in numbers["scales"]},
+            {k: s for k, s in self.flips.items() if k in numbers["signs"]},
+            tuple(f for f in self.maps if f in named["maps"]),
+        )
+
+
+class _Search:
+    """What is worked out of the wiring and the reference once."""
+
+    def __init__(self, wiring: Wiring, reference: dict[str, Tensor]) -> None:
+        self.wiring, self.reference = wiring, reference
+        self.group: Scaling = scaling(wiring)
+        self.inner = inner_factors(wiring)
+        self.inner_names = {i.factor for i in self.inner}
+        self.inner_tensors = {t for i in self.inner for t in i.tensors}
+        self.floats = [n for n in wiring.layouts if n in reference and reference[n].is_floating_point()]
+        self.squares = {n: float(reference[n].square().sum()) for n in self.floats}
+        self.balanced = self.canonical(reference)
+        self.shapes = [shape_of(wiring.factors, g.factor) for g in self.group.generators]
+        self.flip_shapes = [shape_of(wiring.factors, f.factor) for f in self.group.flips]
+
+    # ---------------------------------------------------------------- distances
+
+    def distance(self, tensors: Mapping[str, Tensor]) -> float:
+        """``|m - r| / sqrt(|m|^2 + |r|^2)``, its square averaged over tensors by their sizes."""
+        total = weight = 0.0
+        for n in self.floats:
+            r, m = self.reference[n], tensors[n]
+            below = self.squares[n] + float(m.square().sum())
+            if below > 0:
+                total += r.numel() * min(1.0, float((m - r).square().sum()) / below)
+                weight += r.numel()
+        return math.sqrt(total / weight) if weight else 0.0
+
+    def squared(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> float:
+        """Mean over some tensors of the squared distance to the reference, relative to its squared norm."""
+        parts = [
+            float((tensors[n] - self.reference[n]).square().sum()) / self.squares[n]
+            for n in dict.fromkeys(names)
+            if self.squares.get(n, 0) > 0
+        ]
+        return sum(parts) / len(parts) if parts else 0.0
+
+    # ---------------------------------------------------------------- undoing
+
+    def plan(self, given: Mapping[str, Tensor]) -> _Plan:
+        """Everything that could be undone, whether anything speaks for it or not."""
+        permutation = self.permutation(given)
+        now = self.permuted(given, permutation)
+        logs = self.logs(now)
+        now = self.rescaled(now, logs, {})
+        flips = self.flips(now)
+        return _Plan(permutation, logs, flips, tuple(i.factor for i in self.inner))
+
+    def undone(self, given: Mapping[str, Tensor], plan: _Plan) -> dict[str, Tensor]:
+        now = self.rescaled(self.permuted(given, plan.permutation), plan.logs, plan.flips)
+        return self.unmapped(now, self.reference, plan.maps)
+
+    def permuted(self, tensors: Mapping[str, Tensor], permutation: Permutation) -> dict[str, Tensor]:
+        if not permutation.index:
+            return dict(tensors)
+        wired = {n: t for n, t in tensors.items() if n in self.wiring.layouts}
+        return {**tensors, **self.wiring.apply(permutation, wired)}
+
+    def rescaled(
+        self, tensors: Mapping[str, Tensor], logs: Mapping[int, Tensor], flips: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
+        if not logs and not flips:
+            return dict(tensors)
+        scales = tuple(
+            torch.exp(logs[k]).reshape(s) if k in logs else torch.ones(s, dtype=torch.float64)
+            for k, s in enumerate(self.shapes)
+        )
+        signs = tuple(
+            flips[k].reshape(s) if k in flips else torch.ones(s, dtype=torch.float64)
+            for k, s in enumerate(self.flip_shapes)
+        )
+        return self.group.apply(Rescaling(scales, signs), tensors)
+
+    def unmapped(
+        self, tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor], factors: Collection[str]
+    ) -> dict[str, Tensor]:
+        now = dict(tensors)
+        for i in self.inner:
+            if i.factor in factors:
+                now = i.apply(solve(i.read(now), i.read(reference)), now)
+        return now
+
+    # ---------------------------------------------------------------- permutations
+
+    def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.group.generators and not self.group.flips:
+            return dict(tensors)
+        return self.group.canonical(tensors, tolerance=1e-8, max_sweeps=30)
+
+    def permutation(self, given: Mapping[str, Tensor], rounds: int = 4) -> Permutation:
+        """Brings the model next to the reference: heads by what they compute, all else by weight matching."""
+        found, now = self.wiring.identity(), self.canonical(given)
+        outer = {o for i in self.inner for o in self.wiring.factors[i.factor].over}
+        movable = [f for f in self.wiring.free if f not in self.inner_names]
+        # What maps are inside heads says nothing of the other axes before the maps are known.
+        names, factors = self.floats, movable
+        if self.inner:
+            names = [n for n in self.floats if n not in self.inner_tensors]
+            factors = [f for f in movable if f not in outer]
+        for step in range(rounds):
+            move = self.matched(now, names, factors, restart=not step)
+            now, found = self.permuted(now, move), found.compose(move)
+            if not self.inner:
+                break
+            heads = self.heads(now)
+            now, found = self.permuted(now, heads), found.compose(heads)
+            if step and move.is_identity and heads.is_identity:
+                break
+            # With the maps undone for the time being, the tensors of attention have a say as well.
+            now = self.unmapped(now, self.balanced, self.inner_names)
+            names, factors = self.floats, movable
+        return Permutation(
+            {f: p for f, p in found.index.items() if not bool((p == torch.arange(p.shape[-1])).all())}, found.factors
+        )
+
+    def matched(
+        self, now: Mapping[str, Tensor], names: Sequence[str], factors: Sequence[str], restart: bool
+    ) -> Permutation:
+        fixed, moving = float32(self.balanced), float32(now)
+        held = tensor_weights(self.wiring, fixed, moving, "rms")
+        weights = {n: w for n, w in held.items() if n in set(names)}
+        best: Matching | None = None
+        for anchored in (False, True) if restart else (False,):
+            tried = Matching(self.wiring, fixed, moving, weights, only=factors)
+            if anchored:
+                tried.anchored()
+            tried.ascend(sweeps=30)
+            if best is None or tried.objective > best.objective:
+                best = tried
+        assert best is not None
+        return best.permutation
+
+    def heads(self, now: Mapping[str, Tensor]) -> Permutation:
+        """The permutation of the factors over which maps are fibred, where that is one factor alone."""
+        over: dict[str, list[Inner]] = {}
+        for i in self.inner:
+            outer = self.wiring.factors[i.factor].over
+            if len(outer) == 1 and not self.wiring.factors[outer[0]].pinned and not self.wiring.factors[outer[0]].over:
+                over.setdefault(outer[0], []).append(i)
+        index = {}
+        for name, inners in over.items():
+            score = alike([i.read(now) for i in inners], [i.read(self.balanced) for i in inners])
+            columns = assign(score)
+            still = torch.arange(len(columns))
+            gain = float(score[still, columns].sum() - score.diagonal().sum())
+            if gain > 1e-6 * len(columns):
+                index[name] = columns
+        return Permutation(index, self.wiring.factors)
+
+    # ---------------------------------------------------------------- scales, signs
+
+    def logs(self, now: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Log scales of every generator that is not inside a head, from the least-norm representatives of both."""
+        chosen = [k for k, g in enumerate(self.group.generators) if g.factor not in self.inner_names]
+        if not chosen:
+            return {}
+        apart = self.norms(now, chosen), self.norms(self.reference, chosen)
+        return {k: ours - theirs for k, ours, theirs in zip(chosen, *apart, strict=True)}
+
+    def norms(self, tensors: Mapping[str, Tensor], chosen: Sequence[int]) -> list[Tensor]:
+        """Log scales to the least norm over the tensors that no map inside a head changes."""
+        counts = [count_of(self.wiring.factors, self.group.generators[k].factor) for k in chosen]
+        actions: dict[str, list[tuple[int, int, Slot]]] = {}
+        for j, k in enumerate(chosen):
+            slots = self.group.generators[k].slots
+            usable = [(s, e) for s, e in slots if s.tensor not in self.inner_tensors] or slots
+            for slot, e in usable:
+                actions.setdefault(slot.tensor, []).append((j, e, slot))
+        return [u.reshape(-1) for u in balance({n: tensors[n] for n in actions}, actions, counts, 0, 1e-8, 30)]
+
+    def flips(self, now: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Signs that turn every element toward the reference's, one flip after the other."""
+        found: dict[int, Tensor] = {}
+        for k, flip in enumerate(self.group.flips):
+            if flip.factor in self.inner_names:
+                continue
+            turned = self.rescaled(now, {}, found)
+            count = count_of(self.wiring.factors, flip.factor)
+            toward = torch.zeros(count, dtype=torch.float64)
+            for s in [s for s in flip.slots if s.tensor not in self.inner_tensors] or flip.slots:
+                toward += s.sums(turned[s.tensor] * self.reference[s.tensor], count) / (self.squares[s.tensor] or 1.0)
+            if bool((toward < 0).any()):
+                found[k] = torch.where(toward < 0, -1.0, 1.0).to(torch.float64)
+        return found
+
+    # ---------------------------------------------------------------- what speaks for it
+
+    def evidence(self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]) -> list[Evidence]:
+        """Everything is undone but one thing: does that leave the model far from the reference?"""
+        rows = [
+            *self._permutations(given, whole, full),
+            *self._scales(given, whole, full),
+            *self._signs(given, whole, full),
+            *self._maps(given, whole, full),
+        ]
+        return [e for e in rows if e.explained >= EXPLAINED]
+
+    def _permutations(
+        self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]
+    ) -> Iterable[Evidence]:
+        ways = places(self.wiring)
+        for name, p in whole.permutation.index.items():
+            moved = p != torch.arange(p.shape[-1])
+            # A pair of like neurons that changed places in training says nothing.
+            if name in self.inner_names or int(moved.sum()) < 2:
+                continue
+            others = {f: q for f, q in whole.permutation.index.items() if f != name}
+            without = replace(whole, permutation=Permutation(others, self.wiring.factors))
+            left = self.undone(given, without)
+            held = [w for w in ways[name] if w.tensor in self.floats]
+            before, after = (self._elements(t, held, moved) for t in (left, full))
+            yield Evidence("permutations", name, 0, int(moved.sum()), moved.numel(), before, after, 0.0)
+
+    def _elements(self, tensors: Mapping[str, Tensor], held: Sequence[Place], moved: Tensor) -> float:
+        """Squared distance to the reference of some elements, over all places that carry them."""
+        total, count = 0.0, 0
+        for w in held:
+            a, b = w.view(tensors[w.tensor]), w.view(self.reference[w.tensor])
+            own = float(b.square().sum(-1)[moved].sum())
+            if own > 0:
+                total += float((a - b).square().sum(-1)[moved].sum()) / own
+                count += 1
+        return total / count if count else 0.0
+
+    def _scales(self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]) -> Iterable[Evidence]:
+        for k, u in whole.logs.items():
+            generator = self.group.generators[k]
+            names = [s.tensor for s, _ in generator.slots]
+            left = self.undone(given, replace(whole, logs={j: v for j, v in whole.logs.items() if j != k}))
+            entries = sum(self.reference[n].numel() for n in dict.fromkeys(names))
+            yield Evidence(
+                "scales", generator.factor, k, int((u.abs() > 0.05).sum()), u.numel(), self.squared(left, names),
+                self.squared(full, names), min(0.5, u.numel() / max(entries, 1)),
+            )  # fmt: skip
+
+    def _signs(self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]) -> Iterable[Evidence]:
+        for k, s in whole.flips.items():
+            flip = self.group.flips[k]
+            names = [x.tensor for x in flip.slots]
+            left = self.undone(given, replace(whole, flips={j: v for j, v in whole.flips.items() if j != k}))
+            yield Evidence(
+                "signs", flip.factor, k, int((s < 0).sum()), s.numel(), self.squared(left, names),
+                self.squared(full, names), 0.0,
+            )  # fmt: skip
+
+    def _maps(self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]) -> Iterable[Evidence]:
+        for i in self.inner:
+            left = self.undone(given, replace(whole, maps=tuple(f for f in whole.maps if f != i.factor)))
+            entries = sum(s.index.numel() for s in (*i.left, *i.right))
+            chance = min(0.75, i.groups * i.size**2 / max(entries, 1))
+            before, after = (self._sides(i, t) for t in (left, full))
+            yield Evidence("maps", i.factor, 0, i.groups * i.size, i.groups * i.size, before, after, chance)
+
+    def _sides(self, inner: Inner, tensors: Mapping[str, Tensor]) -> float:
+        ours, theirs = inner.read(tensors), inner.read(self.reference)
+        apart = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
+        return apart / (sum(float(b.square().sum()) for b in theirs) or 1.0)
+
+
+__all__ = ["EXPLAINED", "KINDS", "NEAR", "TOLERANCE", "Evidence", "Kind", "Protection", "examine", "protect"]
