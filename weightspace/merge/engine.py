@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from math import isfinite
 from threading import Condition, Event
 from typing import Any, Protocol
 
@@ -24,7 +25,9 @@ CHUNK = 1 << 18
 """Elements of a piece: a megabyte in float32, so that the few arrays of one step stay in the cache."""
 
 _BUDGET = 512 << 20  # bytes of whole tensors that several threads may hold together
-_SAMPLES = 256
+_WINDOW = 4  # pieces that are mapped at once
+_SAMPLES = 64
+_KEEP = 24 << 20
 
 
 class Sink(Protocol):
@@ -41,12 +44,18 @@ class Reader:
         self.shape = model.shapes[name]
         self._parts = model.reads_parts(name)
         self._loaded: Tensor | None = None
-        self._checked = 0 if check else torch.Size(self.shape).numel()
+        self._numel = torch.Size(self.shape).numel()
+        self._checked = 0 if check else self._numel
+        self._window: tuple[int, int, Tensor] | None = None
+
+    def unchecked(self) -> Reader:
+        """Another reader of the same, which leaves the check to this one."""
+        return Reader(self.model, self.name, self.work, check=False)
 
     def part(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor. Not to be written to."""
         if self._parts:
-            raw = self.model.part(self.name, start, stop)
+            raw = self._mapped(start, stop)
         else:
             if self._loaded is None:
                 self._loaded = self.model.whole(self.name).reshape(-1)
@@ -58,6 +67,14 @@ class Reader:
                 self._checked = stop
         return values
 
+    def _mapped(self, start: int, stop: int) -> Tensor:
+        # Opening and mapping cost as much as the arithmetic on a piece, so several are mapped together.
+        if self._window is None or start < self._window[0] or stop > self._window[1]:
+            end = min(self._numel, max(stop, start + _WINDOW * CHUNK if stop - start >= CHUNK // 2 else stop))
+            self._window = (start, end, self.model.part(self.name, start, end))
+        first, _, held = self._window
+        return held[start - first : stop - first]
+
     def whole(self) -> Tensor:
         """The tensor in its shape. Not to be written to."""
         values = self.model.whole(self.name).to(self.work)
@@ -68,7 +85,7 @@ class Reader:
 
     def _finite(self, values: Tensor) -> None:
         # A sum is one quick pass; only where it is odd are the elements looked at.
-        if not torch.isfinite(values.sum()):
+        if not isfinite(float(values.sum())):
             bad = int((~torch.isfinite(values)).sum())
             if bad:
                 raise MergeError(
@@ -125,10 +142,11 @@ class StreamOf:
     def sample(self, count: int) -> Iterator[PieceOf]:
         """Short pieces spread evenly over the stream, ``count`` elements or a few more in all."""
         pieces = min(_SAMPLES, max(1, self.numel // 16))
+        unchecked = [(n, base and base.unchecked(), [r.unchecked() for r in rs]) for n, base, rs in self._tensors]
         length = max(16, -(-count // pieces))
         stride = max(self.numel // pieces, 1)
         at, wanted = 0, stride // 2
-        for name, base, readers in self._tensors:
+        for name, base, readers in unchecked:
             total = torch.Size(readers[0].shape).numel()
             while wanted < at + total:
                 start = min(wanted - at, max(0, total - length))
@@ -162,6 +180,9 @@ class Run:
     def go(self, method: Method, prepared: Merger | None = None) -> None:
         """Merge and copy everything. The first error stops all threads and is raised."""
         before = torch.get_num_threads()
+        # Pieces of a megabyte come and go. The C library gives such memory back at once, to fault it in again, until
+        # a larger block has been freed: this one costs nothing, for it is never touched.
+        torch.empty(_KEEP, dtype=torch.uint8)
         work = [a for a in self.plan.actions if a.same_as is None]
         work.sort(key=lambda a: -a.numel)
         try:
@@ -260,7 +281,7 @@ class Run:
 
     def _put(self, action: Action, start: int, values: Tensor) -> None:
         result = values.to(action.dtype)
-        if not torch.isfinite(result.sum(dtype=torch.float32)) and not bool(torch.isfinite(result).all()):
+        if not isfinite(float(result.sum(dtype=torch.float32))) and not bool(torch.isfinite(result).all()):
             largest = float(values.abs().max())
             kind = str(action.dtype).removeprefix("torch.")
             raise MergeError(

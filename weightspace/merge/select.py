@@ -14,22 +14,27 @@ import numpy as np
 import torch
 
 Values = Callable[[], Iterable[torch.Tensor]]
-_WHOLE = 1 << 20
+_SMALL = 1 << 14
+_HOLD = 1 << 22  # numbers that are kept rather than read again
 Array = np.ndarray[tuple[int], np.dtype[Any]]
 
 
-def kth_largest(values: Values, count: int, k: int, sample: torch.Tensor | None = None) -> float:
+def kth_largest(values: Values, count: int, k: int, sample: Callable[[], torch.Tensor] | None = None) -> float:
     """The ``k``-th largest (from 1) of the ``count`` numbers that ``values()`` yields in pieces, afresh at each call.
 
-    ``sample``: some of them, spread evenly; a good one makes it a single reading. Not-a-numbers are not expected.
+    ``sample`` gives some of them, spread evenly, without reading all (a good one makes it a single reading); it is
+    not called where the numbers are few enough to be held. Not-a-numbers are not expected.
     """
     if not 1 <= k <= count:
         raise ValueError(f"k is {k:,} of {count:,} numbers")
-    if count <= _WHOLE:
-        everything = np.concatenate([piece.numpy().ravel() for piece in values()] or [np.empty(0, np.float32)])
-        return float(np.partition(everything, count - k)[count - k])
+    if count <= _HOLD:
+        held = list(values())
+        values = lambda: held  # noqa: E731
+        sample = None
+    if count <= _SMALL:
+        return float(np.partition(np.concatenate([piece.numpy().ravel() for piece in held]), count - k)[count - k])
     low, high = -np.inf, np.inf  # the answer lies in [low, high]
-    drawn = np.sort((sample if sample is not None else _sample(values, count)).numpy().ravel())
+    drawn = np.sort((sample() if sample is not None else _sample(values, count)).numpy().ravel())
     spread = 6.0
     while True:
         share = 1 - k / count
@@ -63,5 +68,5 @@ def kth_largest(values: Values, count: int, k: int, sample: torch.Tensor | None 
 
 
 def _sample(values: Values, count: int) -> torch.Tensor:
-    stride = max(1, count >> 16)
+    stride = max(1, count // min(1 << 16, max(1 << 12, count >> 4)))
     return torch.cat([piece.reshape(-1)[::stride].clone() for piece in values()])

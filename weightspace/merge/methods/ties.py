@@ -64,28 +64,38 @@ def threshold(stream: Stream, index: int, density: float) -> float:
         return 0.0
     if density <= 0:
         return float("inf")
-    sample = torch.cat([piece.delta(index).abs_() for piece in stream.sample(_SAMPLE)])
     kept = max(1, int(density * stream.numel))
-    return kth_largest(lambda: (piece.delta(index).abs_() for piece in stream), stream.numel, kept, sample)
+    return kth_largest(
+        lambda: (piece.delta(index).abs_() for piece in stream),
+        stream.numel,
+        kept,
+        lambda: torch.cat([piece.delta(index).abs_() for piece in stream.sample(_SAMPLE)]),
+    )
 
 
 def trim(delta: Tensor, least: float) -> Tensor:
-    """A task vector without its elements below ``least`` in magnitude; overwrites it."""
-    return delta if least == 0 else delta.mul_(delta.abs() >= least)
+    """A task vector without its elements below ``least`` in magnitude."""
+    if least == 0:
+        return delta
+    # Keeps what is greater than its threshold: the next smaller number makes that "at least".
+    limit = torch.tensor(least, dtype=delta.dtype)
+    return torch.hardshrink(delta, float(torch.nextafter(limit, torch.zeros_like(limit))))
 
 
 def elect(trimmed: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
     """The mean (or sum) over models, element by element, of what has the sign of the sum; 0 counts as positive."""
-    total = trimmed[0].clone()
-    for delta in trimmed[1:]:
+    total = trimmed[0] + trimmed[1] if len(trimmed) > 1 else trimmed[0].clone()
+    for delta in trimmed[2:]:
         total.add_(delta)
-    positive = total >= 0
-    mixed = torch.zeros_like(total)
-    share = torch.zeros_like(total)
+    elected = torch.copysign(torch.ones((), dtype=total.dtype), total.add_(0.0))
+    mixed, share = torch.zeros_like(total), torch.zeros_like(total)
     for delta, weight in zip(trimmed, weights, strict=True):
-        agrees = torch.where(positive, delta > 0, delta < 0)
-        mixed.add_(delta * agrees)
-        share.add_(agrees, alpha=weight)
-    if normalize:
-        mixed.div_(share.masked_fill_(share == 0, 1))
-    return mixed
+        agrees = torch.sign(delta).mul_(elected).relu_()
+        mixed.addcmul_(delta, agrees)
+        if normalize:
+            share.add_(agrees, alpha=weight)
+    if not normalize:
+        return mixed
+    # Nobody agrees: 0 / anything. A clamp is many times faster than filling where the share is zero.
+    least = min(weights)
+    return mixed.div_(share.clamp_min_(least / 2) if least > 0 else share.masked_fill_(share == 0, 1))
