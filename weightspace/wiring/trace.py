@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -475,13 +475,13 @@ def _record(program: Program, tensors: Mapping[str, torch.Tensor]) -> list[bool]
     return recorder.live([x for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
 
 
-def trace(program: Program) -> Trace:
+def trace(program: Program, make: Callable[[Sequence[bool]], Tracer] = Tracer) -> Trace:
     """Run a program once and read off which axes are the same axis.
 
-    Raises whatever the program itself raises.
+    ``make`` gives the tracer from which operations the output depends on. Raises whatever the program itself raises.
     """
     tensors = dict(program.tensors)
-    tracer = Tracer(_liveness(program, tensors))
+    tracer = make(_liveness(program, tensors))
     ledger = tracer.ledger
     labels: dict[str, Label] = {}
     aliases: dict[tuple[Any, ...], str] = {}
