@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import weightspace as ws
 from weightspace.card import RECORD_KEY
 from weightspace.errors import CheckpointError, MetanetError
+from weightspace.metanets import OperatorMetanet
 from weightspace.pretrained.model import Shipped, shipped
+from weightspace.pretrained.views import canonical, clean
 from weightspace.wiring.scaling import scaling
 from weightspace.zoo.description import module_of
 
@@ -194,3 +196,23 @@ def test_inside_the_range_there_is_an_interval_around_the_value(roomy: Shipped, 
     assert said.coverage == 0.9
     assert ws.embed(path).vector is not None
     assert len(ws.embed(path).vector) == roomy.dimension  # type: ignore[arg-type]
+
+
+def test_both_metanets_read_one_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shipped()
+    graphs = []
+    for seed in range(3):
+        module, state, inputs = _state(seed)
+        graphs.append(clean(state, ws.wiring(module, *inputs)))
+    calls = []
+    own = type(model.encoder.metanet).prepare
+    monkeypatch.setattr(OperatorMetanet, "prepare", lambda self, graph: calls.append(graph) or own(self, graph))
+    seen = model.see(graphs)
+    assert len(calls) == 3
+    settled = canonical(graphs)
+    codes = torch.nn.functional.normalize(model.encoder.outputs(settled).double(), dim=1)
+    assert torch.equal(seen.codes, codes)
+    assert torch.equal(seen.accuracies, model.accuracy.predict(settled).double())
+    # Metanets that see networks at other points of their orbits share nothing.
+    plain, scaled = (OperatorMetanet(width=8, rounds=1, scale=scale) for scale in (False, True))
+    assert plain.preparation != scaled.preparation

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import exp
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import weightspace as ws
 from weightspace.errors import UnprovedWiringError, WiringError
 from weightspace.wiring.proof import distance, run
 from weightspace.wiring.scaling import Rescaling, Scaling, scaling
+from weightspace.zoo.description import module_of
+
+MLP_OF_ZOO = {"kind": "mlp", "input": [1, 4, 4], "classes": 3, "widths": [6, 5], "activation": "tanh"}
 
 
 def group(module: nn.Module, *x: Tensor) -> Scaling:
@@ -409,6 +415,8 @@ def test_what_no_run_reached_is_not_scaled() -> None:
     found = group(Routed(), torch.randn(2, 4))
     assert found.generators == ()
     assert found.refused == ("a: c.weight had no influence on the outputs in any run",)
+    assert found.open
+    assert "scaling" not in found.wiring.shared
 
 
 # -------------------------------------------------------------------- random networks
@@ -496,3 +504,30 @@ def test_scales_are_drawn_around_one() -> None:
     (scales,) = found.random(1).scales
     assert 0.4 < float(scales.log().std()) < 0.6
     assert float(scales.min()) > exp(-3)
+
+
+def test_files_of_one_program_share_their_symmetries(tmp_path: Path) -> None:
+    """Those found with the weights of another file are those that a file's own weights show."""
+    torch.manual_seed(0)
+    records = {"weightspace": json.dumps({"network": MLP_OF_ZOO})}
+    paths = []
+    for k in range(2):
+        module, _ = module_of(MLP_OF_ZOO)
+        state = {n: t.clone() for n, t in module.state_dict().items()}
+        save_file(state, tmp_path / f"{k}.safetensors", records)
+        paths.append(tmp_path / f"{k}.safetensors")
+    first, second = (ws.wiring(path) for path in paths)
+    assert first is not second
+    assert first.shared is second.shared
+    found, again = scaling(first), scaling(second)
+    assert again.wiring is second
+    assert again.verify(3) < 1e-10
+    second.kept.clear()
+    second.shared = {}
+    own = scaling(second)
+    assert own is not again
+    assert own.positive == found.positive == again.positive
+    assert own.signed == again.signed
+    kept = first.shared["scaling"]
+    assert isinstance(kept, Scaling)
+    assert kept.wiring.program is None

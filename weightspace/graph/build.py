@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from weightspace.errors import GraphError, UnprovedWiringError, WiringError
-from weightspace.graph.layout import structure
+from weightspace.graph.layout import Structure, structure
 from weightspace.graph.parameter_graph import ParameterGraph
 from weightspace.wiring.wiring import Wiring
 
@@ -67,7 +67,10 @@ def of_tensors(tensors: Mapping[str, torch.Tensor], wiring: Wiring) -> Parameter
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         notes.append(f"in the wiring but not among the tensors: {', '.join(absent[:3])}{more}")
     complex_names = frozenset(n for n, d in dtypes.items() if d.is_complex)
-    found = structure(wiring, names, complex_names)
+    key = f"graph {names} {sorted(complex_names)}"
+    found = wiring.shared.get(key)
+    if not isinstance(found, Structure):
+        wiring.shared[key] = found = structure(wiring, names, complex_names)
     return ParameterGraph(
         found.cells, found.blocks, found.vectors, found.values, found.links, {n: wiring.shapes[n] for n in names},
         dtypes, wiring.status, wiring.origin, tuple(notes), tensors, wiring,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +43,28 @@ class Metanet(nn.Module):
         """A batch of prepared networks, with ``to(device)`` and ``size``, the number of networks."""
         raise NotImplementedError
 
+    @property
+    def preparation(self) -> Hashable:
+        """What ``prepare`` and ``collate`` depend on: metanets with equal ones take each other's items and batches."""
+        return id(self)
+
     def read(self, *graphs: ParameterGraph) -> Tensor:
         """Outputs of parameter graphs, ``(networks, outputs)``, without gradients, on the device of the metanet."""
+        return self.answer(self.batched(graphs))
+
+    def batched(self, graphs: Sequence[ParameterGraph]) -> Any:
+        """One batch of parameter graphs, without gradients."""
+        with torch.no_grad():
+            return self.collate([self.prepare(g) for g in graphs])
+
+    def answer(self, batch: Any) -> Tensor:
+        """Outputs of a batch, ``(networks, outputs)``, without gradients, on the device of the metanet."""
         device = next(self.parameters()).device
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                found: Tensor = self(self.collate([self.prepare(g) for g in graphs]).to(device))
+                found: Tensor = self(batch.to(device))
         finally:
             self.train(training)
         return found

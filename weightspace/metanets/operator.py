@@ -19,7 +19,7 @@ No state per weight is kept, so edge-level answers come from a read-out over blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -114,6 +114,10 @@ class OperatorMetanet(Metanet):
         if self.scale:
             graphs = [_canonical(g) for g in graphs]
         return prepare(graphs, structure_of(graph), lazy)
+
+    @property
+    def preparation(self) -> Hashable:
+        return "operator", self.models, self.scale
 
     def collate(self, items: Sequence[Item]) -> Batch:
         return collate(items)

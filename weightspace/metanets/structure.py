@@ -7,7 +7,6 @@ Nothing here depends on the value of a weight, on the name of a tensor, or on th
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -104,12 +103,8 @@ class Structure:
         return len(self.cells)
 
 
-# By the identity of the wiring: a mapping has no hash.
-_CACHE: dict[int, dict[tuple[str, ...], Structure]] = {}
-
-
 def structure_of(graph: ParameterGraph) -> Structure:
-    """The structure of a parameter graph, made once per wiring.
+    """The structure of a parameter graph, made once for a wiring, or for all that share one program.
 
     Raises ``MetanetError`` for a graph without a wiring (one read back from another library's format) or
     without a tensor that a metanet could read.
@@ -120,14 +115,12 @@ def structure_of(graph: ParameterGraph) -> Structure:
             "this graph has no wiring (it was read back from another format), so roles and activations are unknown; "
             "make it with ws.graph(checkpoint)"
         )
-    if id(wiring) not in _CACHE:
-        _CACHE[id(wiring)] = {}
-        weakref.finalize(wiring, _CACHE.pop, id(wiring), None)
-    known = _CACHE[id(wiring)]
-    names = tuple(graph.shapes)
-    if names not in known:
-        known[names] = _build(graph, wiring)
-    return known[names]
+    key = f"metanets {tuple(graph.shapes)} {tuple(graph.dtypes.values())}"
+    known = wiring.shared.get(key)
+    if isinstance(known, Structure):
+        return known
+    wiring.shared[key] = found = _build(graph, wiring)
+    return found
 
 
 def _build(graph: ParameterGraph, wiring: Wiring) -> Structure:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -253,9 +253,22 @@ def see(
     descriptors: Tensor | None = None,
 ) -> Seen:  # fmt: skip
     """Networks at their canonical points, as they are seen; ``descriptors`` are theirs, where known already."""
-    codes = F.normalize(encoder.outputs(graphs, _BATCH).double(), dim=1)
+    codes, accuracies = _outputs((encoder, accuracy), graphs)
     places = projection(described(graphs) if descriptors is None else descriptors)
-    return Seen(codes, places, accuracy.predict(graphs, _BATCH).double())
+    return Seen(F.normalize(codes.double(), dim=1), places, accuracy.task.read(accuracies).double())
+
+
+def _outputs(some: Sequence[Trained], graphs: Sequence[ParameterGraph]) -> list[Tensor]:
+    """Outputs of several metanets, ``(networks, outputs)`` each; networks are prepared once for those that allow it."""
+    found: list[list[Tensor]] = [[torch.empty(0, trained.task.outputs)] for trained in some]
+    for start in range(0, len(graphs), _BATCH):
+        batches: dict[Hashable, Any] = {}
+        for trained, parts in zip(some, found, strict=True):
+            metanet = trained.metanet
+            if metanet.preparation not in batches:
+                batches[metanet.preparation] = metanet.batched(graphs[start : start + _BATCH])
+            parts.append(metanet.answer(batches[metanet.preparation]).cpu())
+    return [torch.cat(parts) for parts in found]
 
 
 def mixed(seen: Seen, mixture: tuple[float, float]) -> Tensor:

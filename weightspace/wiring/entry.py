@@ -103,9 +103,12 @@ def from_checkpoint(checkpoint: Checkpoint, *, prove: bool = True, seed: int = 0
         program = program_from_skeleton(recognition.family.name, skeleton, checkpoint)
         key = shared_key(recognition.family.path, skeleton, signature) if prove else None
         found = _proved_once(key, program, seed) if key else from_program(program, prove=prove, seed=seed)
+        shared = found.shared
         found = covering(found, checkpoint)
         if skeleton.guess and found.status == "proved":
             found = found.with_(status="unverified", notes=(*found.notes, f"a guess: {skeleton.guess}"))
+        # Files of one key have one program and the same further tensors.
+        found.shared = shared
         return found
     from weightspace.wiring.chain import wiring_from_order
 
@@ -146,7 +149,8 @@ def _proved_once(key: str, program: Program, seed: int) -> Wiring:
     proof runs on weights drawn away from the file's own to generic ones, where a change of axes that is no symmetry
     shows itself. What held for them holds for every file of the same program. Only a proof without reservation is
     shared: axes that were pinned because of some weights, or that those weights hid from the run, are looked at file by
-    file. The result carries this file's own program, so that ``wiring.verify()`` runs on its weights.
+    file. The result carries this file's own program, so that ``wiring.verify()`` runs on its weights, and the one
+    dictionary ``shared`` for what else is the same for all of them (scale symmetries, the structure metanets read).
     """
     key = f"{seed} {key}"
     with _LOCK:
@@ -154,11 +158,14 @@ def _proved_once(key: str, program: Program, seed: int) -> Wiring:
         if known is not None:
             _PROVED.move_to_end(key)
     if known is not None and known.proof is not None:
-        return known.with_(program=program, proof=replace(known.proof, on="a network of the same program"))
+        again = known.with_(program=program, proof=replace(known.proof, on="a network of the same program"))
+        again.shared = known.shared
+        return again
     found = from_program(program, prove=True, seed=seed)
     if found.proved and found.proof is not None and not found.proof.demoted and not found.proof.vacuous:
         with _LOCK:
             _PROVED[key] = found.with_(program=None)
+            _PROVED[key].shared = found.shared
             if len(_PROVED) > _KEPT:
                 _PROVED.popitem(last=False)
     return found

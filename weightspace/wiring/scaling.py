@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +69,8 @@ class Scaling:
 
     ``error`` is the largest change of the outputs under random elements, ``max|y' - y| / max|y|`` in float64;
     ``control`` the least change over generators when one tensor of it is scaled alone (None: nothing to scale).
-    ``refused`` says what looked like a symmetry and was not kept, and why.
+    ``refused`` says what looked like a symmetry and was not kept, and why; ``open`` is true where that was for the
+    weights it was looked for with or for want of time, so that another file of the same program may show more.
     """
 
     wiring: Wiring = field(repr=False)
@@ -81,6 +82,7 @@ class Scaling:
     refused: tuple[str, ...] = ()
     # Names of one tensor (tied weights): the first stands for all.
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
+    open: bool = False
 
     @property
     def positive(self) -> dict[str, dict[str, int]]:
@@ -270,12 +272,17 @@ class Scaling:
 def scaling(wiring: Wiring, seed: int = 0) -> Scaling:
     """The scale and sign symmetries of a wiring, found by a few backward passes and proved by running.
 
-    Kept on the wiring: a second call costs nothing. Raises ``UnprovedWiringError`` for a wiring that is not proved
+    Kept on the wiring: a second call costs nothing, nor does one for another file of the same program, unless the
+    weights at hand left something open. Raises ``UnprovedWiringError`` for a wiring that is not proved
     or has no network to run, as that of a model too large to run or of a bare chain of tensors.
     """
     known = wiring.kept.get("scaling")
     if isinstance(known, Scaling):
         return known
+    known = wiring.shared.get("scaling")
+    if isinstance(known, Scaling) and wiring.proved and wiring.program is not None:
+        wiring.kept["scaling"] = own = replace(known, wiring=wiring)
+        return own
     if not wiring.proved or wiring.program is None:
         why = "has no network to run" if wiring.program is None else f"is {wiring.status}, not proved"
         raise UnprovedWiringError(
@@ -285,4 +292,7 @@ def scaling(wiring: Wiring, seed: int = 0) -> Scaling:
     from weightspace.wiring.scaling_proof import find
 
     wiring.kept["scaling"] = found = find(wiring, seed)
+    if not found.open:
+        # Without the program, hence without the tensors of this file.
+        wiring.shared["scaling"] = replace(found, wiring=wiring.with_(program=None))
     return found

@@ -52,6 +52,16 @@ class _Base:
     out: list[torch.Tensor]
 
 
+class _Refused(list[str]):
+    """What was not kept and why. ``open``: some of it for the weights at hand, not for what the network is."""
+
+    open = False
+
+    def left_open(self, text: str) -> None:
+        self.append(text)
+        self.open = True
+
+
 def find(wiring: Wiring, seed: int) -> Scaling:
     """All of it: candidates, proofs, controls."""
     started = time.perf_counter()
@@ -61,13 +71,13 @@ def find(wiring: Wiring, seed: int) -> Scaling:
     names = [n for n in (wiring.roles or wiring.layouts) if n in program.tensors and tied.get(n, n) == n]
     names = [n for n in names if program.tensors[n].is_floating_point()]
     slots = slots_of(wiring, names)
-    refused: list[str] = []
+    refused = _Refused()
     candidates = _generators(wiring, program, slots, seed, refused)
     empty = Scaling(wiring, (), (), 0.0, None, 0.0, (), tied)
     bases = _bases(program, seed)
     if not bases:
-        refused.append("everything: the network does not run in float64, or its outputs are not finite")
-        return Scaling(wiring, (), (), 0.0, None, time.perf_counter() - started, tuple(refused), tied)
+        refused.left_open("everything: the network does not run in float64, or its outputs are not finite")
+        return Scaling(wiring, (), (), 0.0, None, time.perf_counter() - started, tuple(refused), tied, refused.open)
     generators = surviving(candidates, lambda some: _error(_with(empty, some, ()), bases, seed) <= _TOLERANCE)
     refused += [
         f"{g.factor}: {_written(g)} changes the output by more than rounding" for g in candidates if g not in generators
@@ -78,8 +88,9 @@ def find(wiring: Wiring, seed: int) -> Scaling:
     found = _with(empty, generators, flips)
     error = _error(found, bases, seed + 1)
     return Scaling(
-        wiring, found.generators, found.flips, error, control, time.perf_counter() - started, tuple(refused), tied
-    )
+        wiring, found.generators, found.flips, error, control, time.perf_counter() - started, tuple(refused), tied,
+        refused.open,
+    )  # fmt: skip
 
 
 def error_of(scaling: Scaling, seed: int) -> float:
@@ -92,7 +103,7 @@ def error_of(scaling: Scaling, seed: int) -> float:
 
 
 def _generators(
-    wiring: Wiring, program: Program, slots: Mapping[str, tuple[Slot, ...]], seed: int, refused: list[str]
+    wiring: Wiring, program: Program, slots: Mapping[str, tuple[Slot, ...]], seed: int, refused: _Refused
 ) -> list[Generator]:
     """Candidates from the null spaces of conserved quantities."""
     counts = {f: count_of(wiring.factors, f) for f in slots}
@@ -107,7 +118,7 @@ def _generators(
         try:
             found = pairings(program, weights, slots, counts, generator)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            refused.append(f"rescalings: no backward pass ({str(error).splitlines()[0][:80]})")
+            refused.left_open(f"rescalings: no backward pass ({str(error).splitlines()[0][:80]})")
             return []
         for f, part in (found or {}).items():
             rows[f].append(part)
@@ -120,7 +131,7 @@ def _generators(
         lost = [k for k in quiet if wiring.roles.get(slots[f][k].tensor) != "shift"]
         if lost and len(quiet) < matrix.shape[1]:
             # What no run reached may still matter to other inputs (an expert that none of the examples was sent to).
-            refused.append(f"{f}: {slots[f][lost[0]].name} had no influence on the outputs in any run")
+            refused.left_open(f"{f}: {slots[f][lost[0]].name} had no influence on the outputs in any run")
         vectors = [] if lost or not parts else exponents(matrix)
         out[f] = [_oriented(_completed(v, quiet, slots[f]), slots[f], wiring) for v in vectors]
     return [
@@ -170,7 +181,7 @@ def _without_implied(
 
 def _flips(
     wiring: Wiring, slots: Mapping[str, tuple[Slot, ...]], generators: Sequence[Generator], empty: Scaling,
-    bases: Sequence[_Base], seed: int, refused: list[str],
+    bases: Sequence[_Base], seed: int, refused: _Refused,
 ) -> list[Flip]:  # fmt: skip
     """Sign flips: of whole factors where all functions are odd, along rescalings, and of parts of an axis."""
     index = {id(s): k for row in slots.values() for k, s in enumerate(row)}
@@ -210,7 +221,7 @@ def _flips(
             continue
         for some in (c for n in range(1, len(bundles) + 1) for c in combinations(bundles, n)):
             if time.thread_time() - clock > _PATIENCE:
-                refused.append(f"{f}: flips of parts of its axis were not all tried within {_PATIENCE:.0f} s")
+                refused.left_open(f"{f}: flips of parts of its axis were not all tried within {_PATIENCE:.0f} s")
                 break
             chosen = [s for bundle in some for s in bundle]
             fresh = {index[id(s)]: 1 for s in chosen}
@@ -226,7 +237,7 @@ def _flips(
     return out
 
 
-def _legible(scaling: Scaling, refused: list[str]) -> list[Flip]:
+def _legible(scaling: Scaling, refused: _Refused) -> list[Flip]:
     """Flips whose sign some weights tell; two that meet in every tensor (groups times channels) cannot both be told."""
     mute = {k for k, readable in scaling.order() if not readable}
     refused += [f"{scaling.flips[k].factor}: no weight tells its sign apart from those of other axes" for k in mute]
@@ -318,7 +329,7 @@ def _moving(scaling: Scaling, seed: int) -> Rescaling:
 
 
 def _controlled(
-    scaling: Scaling, base: _Base, seed: int, refused: list[str]
+    scaling: Scaling, base: _Base, seed: int, refused: _Refused
 ) -> tuple[list[Generator], list[Flip], float | None]:
     """Scaling one slot alone must change the output; where none does, there is no symmetry but no influence at all."""
     program = scaling.wiring.program
@@ -342,7 +353,7 @@ def _controlled(
                 break
         if best <= _NO_CHANGE:
             dropped.append(item)
-            refused.append(f"{item.factor}: nothing that would move has any influence on the outputs")
+            refused.left_open(f"{item.factor}: nothing that would move has any influence on the outputs")
         else:
             least = best if least is None else min(least, best)
     generators = [g for g in scaling.generators if not any(g is d for d in dropped)]

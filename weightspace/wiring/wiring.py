@@ -160,8 +160,10 @@ class Wiring(Mapping[str, tuple[Axis, ...]]):
         self.activations = dict(activations or {})
         # Of a factor that goes through a sine, what the argument is multiplied by first (30 in SIREN).
         self.frequencies = dict(frequencies or {})
-        # What was worked out from this wiring and is asked for again.
+        # What was worked out from this wiring and is asked for again; and what holds for every file of its program
+        # (see ``weightspace.wiring.entry``), so that the wirings of all of them have this one dictionary.
         self.kept: dict[str, object] = {}
+        self.shared: dict[str, object] = {}
         self._tensors, self.axes = _axes(self.layouts, self.shapes, self.factors)
 
     # ---------------------------------------------------------------- mapping
