@@ -37,6 +37,14 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "gpt": {
         "kind": "gpt", "input": [6], "classes": 9, "dim": 8, "depth": 2, "heads": 2, "hidden": 12, "activation": "gelu",
     },
+    "staged-resnet": {
+        "kind": "staged-resnet", "input": [1, 8, 8], "classes": 3, "channels": [4, 6], "blocks": 2,
+        "activation": "relu",
+    },
+    "vgg": {
+        "kind": "vgg", "input": [1, 8, 8], "classes": 3, "channels": [4, 6, 6], "pools": [True, False, True],
+        "activation": "relu",
+    },
     "siren": {"kind": "siren", "input": [2], "classes": 1, "widths": [6, 6], "omega": 30.0},
 }  # fmt: skip
 
@@ -131,6 +139,9 @@ def test_descriptions_that_make_no_sense_are_named(change: dict[str, Any], messa
         ("gpt", {"input": [6, 6]}, "one length"),
         ("gpt", {"depth": 65}, "depth"),
         ("siren", {"omega": float("inf")}, "omega"),
+        ("staged-resnet", {"blocks": 40}, "80 blocks"),
+        ("vgg", {"pools": [True]}, "3 channels and 1 pools"),
+        ("vgg", {"input": [1, 2, 2]}, "nothing is left"),
         ("siren", {"input": [2, 2]}, "coordinates"),
         ("mlp", {"input": [1000, 1000, 1000]}, "values"),
     ],

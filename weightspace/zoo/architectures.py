@@ -154,6 +154,68 @@ class ResNet(nn.Module):
         return logits
 
 
+class Vgg(nn.Module):
+    """VGG (Simonyan & Zisserman 2015) for small images: 3 × 3 convolutions with batch norm, max pooling, mean, linear.
+
+    ``channels`` are those after each convolution; ``pools`` tells after which the maps are halved.
+    """
+
+    def __init__(
+        self, image: Sequence[int], classes: int, channels: Sequence[int], pools: Sequence[bool], activation: str
+    ) -> None:
+        super().__init__()
+        pairs = pairwise([image[0], *channels])
+        self.conv = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1, bias=False) for pair in pairs)
+        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.output = nn.Linear(channels[-1], classes)
+        self.act = ACTIVATIONS[activation]
+        self.pools = tuple(pools)
+        self.droppable = sum(channels)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits (batch, classes) of images (batch, channels, height, width)."""
+        start = 0
+        for conv, norm, pool in zip(self.conv, self.norm, self.pools, strict=True):
+            x = _dropped(self.act(norm(conv(x))), keep, start)
+            start += x.shape[1]
+            x = F.max_pool2d(x, 2) if pool else x
+        logits: Tensor = self.output(x.mean((2, 3)))
+        return logits
+
+
+class StagedResNet(nn.Module):
+    """The residual networks of He et al. (2016) for CIFAR: three stages of nine ``Block`` in all are ResNet-20.
+
+    A stem at full size, then per entry of ``channels`` a stage of ``blocks`` blocks, of which each but the first begins
+    by halving the image; then mean pooling, linear.
+    """
+
+    def __init__(
+        self, image: Sequence[int], classes: int, channels: Sequence[int], blocks: int, activation: str
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(image[0], channels[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels[0])
+        widths = [c for c in channels for _ in range(blocks)]
+        steps = [2 if i and not i % blocks else 1 for i in range(len(widths))]
+        pairs = pairwise([channels[0], *widths])
+        self.blocks = nn.ModuleList(Block(*pair, step, activation) for pair, step in zip(pairs, steps, strict=True))
+        self.output = nn.Linear(channels[-1], classes)
+        self.act = ACTIVATIONS[activation]
+        self.widths = tuple(widths)
+        self.droppable = sum(widths)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits (batch, classes) of images (batch, channels, height, width)."""
+        x = self.act(self.bn(self.stem(x)))
+        start = 0
+        for block, width in zip(self.blocks, self.widths, strict=True):
+            x = block(x, None if keep is None else keep[:, start : start + width])
+            start += width
+        logits: Tensor = self.output(x.mean((2, 3)))
+        return logits
+
+
 class TransformerBlock(nn.Module):
     """Attention and a feed-forward layer, each after a layer norm and with a shortcut (pre-norm)."""
 
@@ -255,6 +317,6 @@ class Siren(nn.Module):
 
 
 __all__ = [
-    "ACTIVATIONS", "GROUPS", "NORMS", "Block", "ConvNet", "Gpt", "Perceptron", "ResNet", "Siren", "TransformerBlock",
-    "Vit",
+    "ACTIVATIONS", "GROUPS", "NORMS", "Block", "ConvNet", "Gpt", "Perceptron", "ResNet", "Siren", "StagedResNet",
+    "TransformerBlock", "Vgg", "Vit",
 ]  # fmt: skip

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from weightspace.errors import ZooError
-from weightspace.zoo.architectures import ACTIVATIONS, GROUPS, NORMS, ConvNet, Gpt, Perceptron, ResNet, Siren, Vit
+from weightspace.zoo.architectures import (
+    ACTIVATIONS,
+    GROUPS,
+    NORMS,
+    ConvNet,
+    Gpt,
+    Perceptron,
+    ResNet,
+    Siren,
+    StagedResNet,
+    Vgg,
+    Vit,
+)
 
 _MAX_SIZE = 1 << 14
 _MAX_DEPTH = 64
@@ -35,6 +47,8 @@ def module_of(description: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, 
     - ``cnn``: ``input`` (channels, height, width), ``classes``, ``channels``, ``kernels``, ``strides``, ``activation``,
       ``norm``, ``residuals`` (a truth value per convolution), ``same`` (padding)
     - ``resnet``: ``input``, ``classes``, ``channels`` (one block each), ``activation``
+    - ``staged-resnet``: ``input``, ``classes``, ``channels`` (one stage each), ``blocks`` in a stage, ``activation``
+    - ``vgg``: ``input``, ``classes``, ``channels``, ``pools`` (a truth value per convolution), ``activation``
     - ``vit``: ``input``, ``classes``, ``patch``, ``dim``, ``depth``, ``heads``, ``hidden``, ``activation``
     - ``gpt``: ``input`` (length,), ``classes`` (tokens), ``dim``, ``depth``, ``heads``, ``hidden``, ``activation``
     - ``siren``: ``input`` (coordinates,), ``classes`` (outputs), ``widths``, ``omega``
@@ -91,14 +105,14 @@ def _checked(kind: str, key: str, value: Any) -> Any:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1000:
             raise wrong("a number above 0, at most 1000")
         return float(value)
-    if key in ("classes", "patch", "dim", "depth", "heads", "hidden"):
-        high = _MAX_DEPTH if key == "depth" else _MAX_SIZE
+    if key in ("classes", "patch", "dim", "depth", "heads", "hidden", "blocks"):
+        high = _MAX_DEPTH if key in ("depth", "blocks") else _MAX_SIZE
         if not size(value, 1, high):
             raise wrong(f"a whole number from 1 to {high}")
         return value
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= _MAX_DEPTH:
         raise wrong(f"a list of 1 to {_MAX_DEPTH} entries")
-    if key == "residuals":
+    if key in ("residuals", "pools"):
         if not all(isinstance(x, bool) for x in value):
             raise wrong("a list of truth values")
         return tuple(value)
@@ -141,6 +155,23 @@ def _check_resnet(v: Mapping[str, Any]) -> None:
     _check_image(v)
     # Every block after the first halves the sides; the widest map is bounded by the first one's sides.
     values = max(v["channels"]) * prod(v["input"][1:]) // 4
+    _needs(values <= _MAX_VALUES, f"{max(v['channels'])} channels on {v['input']} are more than {_MAX_VALUES:,} values")
+
+
+def _check_staged(v: Mapping[str, Any]) -> None:
+    _check_image(v)
+    depth = len(v["channels"]) * v["blocks"]
+    _needs(depth <= _MAX_DEPTH, f"{depth} blocks, expected at most {_MAX_DEPTH}")
+    values = max(v["channels"]) * prod(v["input"][1:])
+    _needs(values <= _MAX_VALUES, f"{max(v['channels'])} channels on {v['input']} are more than {_MAX_VALUES:,} values")
+
+
+def _check_vgg(v: Mapping[str, Any]) -> None:
+    _check_image(v)
+    _needs(len(v["pools"]) == len(v["channels"]), f"{len(v['channels'])} channels and {len(v['pools'])} pools")
+    pools = sum(v["pools"])
+    _needs(min(v["input"][1:]) >> pools >= 1, f"nothing is left of {v['input']} after {pools} pools")
+    values = max(v["channels"]) * prod(v["input"][1:])
     _needs(values <= _MAX_VALUES, f"{max(v['channels'])} channels on {v['input']} are more than {_MAX_VALUES:,} values")
 
 
@@ -194,6 +225,15 @@ def _resnet(v: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return ResNet(v["input"], v["classes"], v["channels"], v["activation"]), (_example(v["input"]),)
 
 
+def _staged(v: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    module = StagedResNet(v["input"], v["classes"], v["channels"], v["blocks"], v["activation"])
+    return module, (_example(v["input"]),)
+
+
+def _vgg(v: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Vgg(v["input"], v["classes"], v["channels"], v["pools"], v["activation"]), (_example(v["input"]),)
+
+
 def _vit(v: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     sizes = (v["patch"], v["dim"], v["depth"], v["heads"], v["hidden"])
     return Vit(v["input"], v["classes"], *sizes, v["activation"]), (_example(v["input"]),)
@@ -218,6 +258,8 @@ KINDS: Mapping[str, Kind] = {
         _cnn,
     ),
     "resnet": Kind(("input", "classes", "channels", "activation"), _check_resnet, _resnet),
+    "staged-resnet": Kind(("input", "classes", "channels", "blocks", "activation"), _check_staged, _staged),
+    "vgg": Kind(("input", "classes", "channels", "pools", "activation"), _check_vgg, _vgg),
     "vit": Kind(
         ("input", "classes", "patch", "dim", "depth", "heads", "hidden", "activation"), _check_vit, _vit
     ),
