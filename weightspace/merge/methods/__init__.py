@@ -13,8 +13,28 @@ from weightspace.merge.method import Method
 # name -> (module, class): modules are imported on use.
 _CLASSES: dict[str, tuple[str, str]] = {
     "linear": ("linear", "Linear"),
+    "slerp": ("slerp", "Slerp"),
     "task-arithmetic": ("task_arithmetic", "TaskArithmetic"),
     "ties": ("ties", "Ties"),
+    "fisher": ("fisher", "Fisher"),
+    "regmean": ("regmean", "RegMean"),
+    "adamerging": ("adamerging", "AdaMerging"),
+    "concrete": ("concrete", "Concrete"),
+    "wudi": ("wudi", "Wudi"),
+    "doge": ("doge", "Doge"),
+    "twin-merging": ("twin", "Twin"),
+    "widen": ("widen", "Widen"),
+    "knots": ("knots", "Knots"),
+    "dare": ("dare", "Dare"),
+    "breadcrumbs": ("breadcrumbs", "Breadcrumbs"),
+    "della": ("della", "Della"),
+    "model-stock": ("model_stock", "ModelStock"),
+    "pcb": ("pcb", "Pcb"),
+    "tall-masks": ("tall_masks", "TallMasks"),
+    "consensus": ("tall_masks", "Consensus"),
+    "tsv-m": ("tsv", "TsvM"),
+    "iso-c": ("iso", "IsoC"),
+    "iso-cts": ("iso", "IsoCts"),
 }
 
 METHODS = tuple(_CLASSES)

@@ -64,11 +64,15 @@ def threshold(stream: Stream, index: int, density: float) -> float:
         return 0.0
     if density <= 0:
         return float("inf")
-    kept = max(1, int(density * stream.numel))
+    return ranked(stream, index, max(1, int(density * stream.numel)))
+
+
+def ranked(stream: Stream, index: int, k: int) -> float:
+    """The ``k``-th largest magnitude (from 1) of a model's task vector."""
     return kth_largest(
         lambda: (piece.delta(index).abs_() for piece in stream),
         stream.numel,
-        kept,
+        k,
         lambda: torch.cat([piece.delta(index).abs_() for piece in stream.sample(_SAMPLE)]),
     )
 
