@@ -222,6 +222,35 @@ def train(
 
 
 @app.command()
+def merge(
+    inputs: Annotated[list[str], typer.Argument(help="A recipe (.toml, or mergekit's .yml), or models to merge.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="NAME.safetensors, or a new folder.")] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Merging method (default: linear).")] = None,
+    base: Annotated[str | None, typer.Option("--base", "-b", help="The model that they were fine-tuned from.")] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", "-w", help="One per model, in order.")] = None,
+    hyper: Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter, such as density=0.2.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Tensors (* allowed) to copy from the base or first model.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: as it is).")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Most bytes in a file, such as 5GB.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random masks.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge models into one, tensor by tensor from files to a file, and report what became of each tensor."""
+    from weightspace.merge.commands import run
+
+    merged = run(
+        inputs, method=method, base=base, out=out, weights=weight, exclude=exclude or (), dtype=dtype,
+        max_shard_size=max_shard_size, seed=seed, hyper=hyper or (), progress=_to_stderr(),
+    )  # fmt: skip
+    if as_json:
+        _print_json({"path": str(merged.path), **json.loads(merged.report.to_json())})
+        return
+    _console().print(f"{merged.path}: {merged.report}", highlight=False, markup=False)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path | None, typer.Argument(help="Folder for the starter zoo (default: temporary).")] = None,
     jobs: Jobs = None,

@@ -184,7 +184,11 @@ class Run:
         # a larger block has been freed: this one costs nothing, for it is never touched.
         torch.empty(_KEEP, dtype=torch.uint8)
         work = [a for a in self.plan.actions if a.same_as is None]
-        work.sort(key=lambda a: -a.numel)
+        if method.in_order:
+            work.sort(key=lambda a: a.name)
+            self.threads = 1
+        else:
+            work.sort(key=lambda a: -a.numel)  # the long ones first, so that no thread is left with one at the end
         try:
             if self.threads > 1:
                 # Each thread computes alone: threads of their own inside each operation would only get in the way.

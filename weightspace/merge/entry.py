@@ -92,7 +92,7 @@ def merge(
         sources, origin, exclude=exclude, dtype=kind, any_shape=chosen.any_shape, needs_base=chosen.needs_base
     )
     everyone = [*([origin] if origin and chosen.needs_base else []), *sources]
-    if not chosen.any_shape:
+    if not (chosen.any_shape or chosen.in_order):
         planned = tie(planned, everyone)
     used = origin if chosen.needs_base else None
     notes: dict[str, str] = {}
@@ -125,7 +125,7 @@ def merge(
         tensors = memory.tensors
     else:
         extra, more = _companions(origin or sources[0], kind) if target.suffix != ".safetensors" else ({}, [])
-        metadata = {"format": "pt", "merge": json.dumps(described)}
+        metadata = {"format": "pt", "merge": json.dumps(described, default=repr)}
         with FileSink(target, layout, metadata=metadata, max_shard_size=_size(max_shard_size), extra=extra) as file:
             go(file)
         path = file.result

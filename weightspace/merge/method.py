@@ -78,6 +78,11 @@ class Method(ABC):
         """Raise `MergeError` where hyper-parameters make no sense for ``count`` models."""
         del count
 
+    @property
+    def in_order(self) -> bool:
+        """Whether tensors must come one after the other, by name: only where another program's draws are repeated."""
+        return False
+
 
 @dataclass(frozen=True)
 class PerTensor(Method):

@@ -56,7 +56,8 @@ class Report:
     def to_json(self) -> str:
         """Everything, as JSON."""
         rows = [asdict(row) for row in self.rows]
-        return json.dumps({"settings": self.settings, "seconds": self.seconds, "notes": self.notes, "tensors": rows})
+        whole = {"settings": self.settings, "seconds": self.seconds, "notes": self.notes, "tensors": rows}
+        return json.dumps(whole, default=repr)
 
     def __str__(self) -> str:
         counts = Counter(row.outcome for row in self.rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from weightspace.errors import MergeError
-from weightspace.merge.draws import bernoulli
+from weightspace.merge.draws import TorchMasks, bernoulli
 from weightspace.merge.method import PerModel, Piece, Stream, Tensor, TwoPass, in_range, per_model
 from weightspace.merge.methods._sums import combine
 
@@ -20,11 +20,12 @@ class Dare(TwoPass):
 
     Element by element, so per tensor and global are the same with ``rescale="inverse"``.
 
-    ``density``: p, the share kept, 1 minus the drop rate, which the paper takes from 0.1 to 0.9; one number or one
-    per model. ``rescale``: "inverse" divides by p as in the paper; "norm" restores the L1 norm of each tensor (or of the
+    ``density``: p, the share kept, 1 minus the drop rate (0.1 to 0.9 in the paper); a number, or one per model.
+    ``rescale``: "inverse" divides by p as in the paper; "norm" restores the L1 norm of each tensor (or of the whole
     task vector with ``scope="model"``), as mergekit does; "none". ``electing``: sum only what has the elected sign
     (DARE-TIES). ``scale``: λ. ``normalize``: divide by the weights. ``seed``: of the masks, which depend on it and on
-    tensor names and the models' places alone (see `weightspace.merge.draws`).
+    tensor names and the models' places alone (see `weightspace.merge.draws`); ``masks``: `TorchMasks` draws those of
+    mergekit instead.
     """
 
     density: PerModel = 0.2
@@ -33,6 +34,7 @@ class Dare(TwoPass):
     electing: bool = False
     normalize: bool = False
     seed: int = 0
+    masks: TorchMasks | None = None
 
     name: ClassVar[str] = "dare"
     paper: ClassVar[str] = "Yu et al. (2024), Language models are Super Mario"
@@ -48,15 +50,29 @@ class Dare(TwoPass):
     def survey(self, stream: Stream, weights: Sequence[float]) -> tuple[float, ...]:
         """What each model's kept elements are multiplied by."""
         densities = per_model(self.density, stream.count, "density")
-        if self.rescale != "norm":
+        if self.rescale != "norm" and self.masks is None:
             return tuple(1 / p if self.rescale == "inverse" else 1.0 for p in densities)
-        before, after = [0.0] * stream.count, [0.0] * stream.count
+        norms = tuple(self._norm(stream, i, p) for i, p in enumerate(densities))
+        return norms if self.rescale == "norm" else tuple(
+            1 / p if self.rescale == "inverse" else 1.0 for p in densities
+        )
+
+    @property
+    def in_order(self) -> bool:
+        return self.masks is not None
+
+    def _norm(self, stream: Stream, model: int, p: float) -> float:
+        before = after = 0.0
+        if p >= 1:
+            return 1.0
+        if self.masks:
+            self.masks.begin(model)
         for piece in stream:
-            for i, p in enumerate(densities):
-                size = piece.delta(i).abs_()
-                before[i] += float(size.sum())
-                after[i] += float(size.mul_(self._mask(piece, i, p)).sum())
-        return tuple(b / a if b >= 1e-7 and a >= 1e-7 else 1.0 for b, a in zip(before, after, strict=True))
+            size = piece.delta(model).abs_()
+            before += float(size.sum())
+            kept = self.masks.draw(p, len(size)) if self.masks else self._mask(piece, model, p)
+            after += float(size.mul_(kept).sum())
+        return before / after if before >= 1e-7 and after >= 1e-7 else 1.0
 
     def merge(self, piece: Piece, weights: Sequence[float], state: tuple[float, ...]) -> Tensor:
         densities = per_model(self.density, piece.count, "density")
@@ -68,4 +84,6 @@ class Dare(TwoPass):
         return combine(base, kept, weights, electing=self.electing, normalize=self.normalize, scale=self.scale)
 
     def _mask(self, piece: Piece, model: int, p: float) -> Tensor:
+        if self.masks and p < 1:
+            return self.masks.again(model, p, piece.stop - piece.start)
         return bernoulli(p, self.seed, piece.name, model, piece.start, piece.stop)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from weightspace.errors import MergeError
-from weightspace.merge.draws import uniform
+from weightspace.merge.draws import TorchMasks, uniform
 from weightspace.merge.method import PerModel, PerTensor, Tensor, in_range, per_model
 from weightspace.merge.methods._sums import combine
 from weightspace.merge.methods.dare import Rescale
@@ -27,6 +27,7 @@ class Della(PerTensor):
     ``density``: p. ``epsilon``: ε; both one number or one per model, 0 < p ± ε < 1. ``rescale``: "inverse" as in the
     paper; "norm" restores the L1 norm of the tensor instead, as mergekit does; "none". ``electing``: without it all
     are summed. ``normalize``: average, else sum. ``scale``: λ. ``seed``: of the masks.
+    ``masks``: `TorchMasks` draws mergekit's masks of a seed instead.
     """
 
     density: PerModel = 0.3
@@ -36,6 +37,7 @@ class Della(PerTensor):
     electing: bool = True
     normalize: bool = True
     seed: int = 0
+    masks: TorchMasks | None = None
 
     name: ClassVar[str] = "della"
     paper: ClassVar[str] = "Deep et al. (2024), DELLA-Merging"
@@ -49,6 +51,10 @@ class Della(PerTensor):
                 raise MergeError(f"della: density {p} and epsilon {e}; 0 < density ± epsilon < 1 was expected")
         if self.rescale not in ("inverse", "norm", "none"):
             raise MergeError(f"della: rescale is {self.rescale!r}; 'inverse', 'norm' or 'none' was expected")
+
+    @property
+    def in_order(self) -> bool:
+        return self.masks is not None
 
     def merge(self, name: str, base: Tensor | None, models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         assert base is not None
@@ -68,8 +74,11 @@ class Della(PerTensor):
         steps = torch.linspace(0, 1, rows.shape[-1], dtype=rows.dtype) if rows.shape[-1] > 1 else torch.full((1,), 0.5)
         ranks.scatter_(-1, order, steps.to(rows.dtype).expand_as(rows))
         chance = ranks.mul_(2 * epsilon).add_(p - epsilon)
-        drawn = uniform(self.seed, name, model, 0, rows.numel()).reshape(rows.shape)
-        pruned = torch.where(drawn < chance, rows, 0)
+        if self.masks:
+            kept = self.masks.draw(chance.reshape(-1), rows.numel())
+        else:
+            kept = uniform(self.seed, name, model, 0, rows.numel()) < chance.reshape(-1)
+        pruned = torch.where(kept.reshape(rows.shape), rows, 0)
         if self.rescale == "inverse":
             pruned = pruned / chance
         elif self.rescale == "norm":

@@ -1,0 +1,211 @@
+"""Recipes: a merge written down. TOML, or mergekit's YAML for the methods that both have.
+
+```toml
+method = "ties"                     # a name of weightspace.merge.METHODS
+base = "base.safetensors"           # paths are relative to the recipe
+out = "merged.safetensors"          # or a new folder
+dtype = "bfloat16"                  # optional, as are exclude, max_shard_size, seed
+exclude = ["lm_head.*"]
+
+[hyper]                             # hyper-parameters of the method
+density = 0.2
+scale = [1.0, 0.5]                  # a gradient from the first layer to the last
+
+[[models]]
+path = "maths.safetensors"
+weight = 1.0
+
+[[models]]
+path = "code.safetensors"
+weight = [{ filter = "mlp", value = 0.5 }, { value = 1.0 }]   # the first filter that is part of the name counts
+density = 0.3                       # a hyper-parameter of this model alone
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from weightspace.errors import MergeError
+from weightspace.merge.method import Method, Settings
+from weightspace.merge.methods import make, method_class
+from weightspace.merge.report import Merged
+from weightspace.merge.settings import Depth, Setting, check, depth_of, is_constant, value_of
+
+_KEYS = {"method", "base", "out", "dtype", "exclude", "max_shard_size", "seed", "hyper", "models"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of a recipe: its path, and settings of its own (``weight``, per-model hyper-parameters)."""
+
+    path: str
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge written down: see this module's head. ``folder``: what paths are relative to."""
+
+    method: str
+    models: tuple[Source, ...]
+    base: str | None = None
+    out: str | None = None
+    hyper: Mapping[str, Setting] = field(default_factory=dict)
+    dtype: str | None = None
+    exclude: tuple[str, ...] = ()
+    max_shard_size: str | int | None = None
+    seed: int = 0
+    folder: Path | None = None
+    repeats_mergekit: bool = False
+    """Random masks are those of mergekit with ``--random-seed`` ``seed``."""
+
+    def __post_init__(self) -> None:
+        cls = method_class(self.method)
+        if not self.models:
+            raise MergeError("the recipe names no models; add [[models]] with path = …")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        own = {name for name, f in fields.items() if f.type == "PerModel"}
+        for name, setting in self.hyper.items():
+            if name not in fields and name != "weight":
+                raise MergeError(f"{cls.name} has no hyper-parameter {name!r}; it has {', '.join(fields) or 'none'}")
+            check(setting, name)
+        for model in self.models:
+            for name, setting in model.settings.items():
+                if name not in {*own, "weight"}:
+                    known = ", ".join(sorted({*own, "weight"}))
+                    raise MergeError(f"{model.path}: {name!r} is no setting of one model; {cls.name} has {known}")
+                check(setting, f"{model.path}: {name}")
+
+    def run(self, out: str | Path | None = None, *, progress: bool = False, **options: Any) -> Merged:
+        """Do the merge; ``out`` and ``options`` (of ``ws.merge``) take the place of what the recipe says."""
+        from weightspace.checkpoint import open as open_checkpoint
+        from weightspace.merge.entry import merge
+
+        target = out if out is not None else self._path(self.out) if self.out else None
+        paths = [self._path(model.path) for model in self.models]
+        first = open_checkpoint(self._path(self.base) if self.base else paths[0])
+        settings = self.settings(depth_of(list(first), first.config))
+        method, weights = settings("")
+        given: dict[str, Any] = {"dtype": self.dtype, "exclude": self.exclude, "max_shard_size": self.max_shard_size}
+        return merge(
+            paths, method, base=self._path(self.base) if self.base else None, out=target, weights=weights,
+            seed=self.seed, progress=progress, settings=None if self._constant else settings, **{**given, **options},
+        )  # fmt: skip
+
+    def settings(self, depth: Depth) -> Settings:
+        """Method and weights for each tensor."""
+        fields = {f.name: f for f in dataclasses.fields(method_class(self.method))}
+        shared: dict[str, Any] = {"seed": self.seed} if "seed" in fields else {}
+        if self.repeats_mergekit and "masks" in fields:
+            import torch
+
+            from weightspace.merge.draws import TorchMasks
+
+            kind = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+            shared["masks"] = TorchMasks(self.seed, kind)
+
+        @lru_cache(maxsize=4096)
+        def of(name: str) -> tuple[Method, tuple[float, ...]]:
+            hyper = dict(shared)
+            for key, setting in self.hyper.items():
+                value = value_of(setting, name, depth)
+                if value is not None and key != "weight":
+                    hyper[key] = value
+            for key in {key for model in self.models for key in model.settings} - {"weight"}:
+                otherwise = hyper.get(key, fields[key].default)
+                hyper[key] = tuple(self._of(model, key, name, depth, otherwise) for model in self.models)
+            method = make(self.method, **hyper)
+            method.check(len(self.models))
+            return method, tuple(
+                float(self._of(model, "weight", name, depth, method.default_weight)) for model in self.models
+            )
+
+        return of
+
+    @property
+    def _constant(self) -> bool:
+        everything = [*self.hyper.values(), *(s for model in self.models for s in model.settings.values())]
+        return all(is_constant(setting) for setting in everything)
+
+    def _of(self, model: Source, key: str, name: str, depth: Depth, otherwise: Any) -> Any:
+        for settings in (model.settings, self.hyper):
+            if key in settings:
+                value = value_of(settings[key], name, depth)
+                if value is not None:
+                    return value
+        return otherwise
+
+    def _path(self, text: str) -> str:
+        # A recipe moves with its models; one that is written for the folder it is run in works as well.
+        if self.folder is not None and "://" not in text and not Path(text).expanduser().is_absolute():
+            beside = self.folder / text
+            if beside.exists() or not Path(text).exists():
+                return str(beside)
+        return text
+
+    def to_mergekit(self) -> str:
+        """The same merge as YAML for mergekit. Raises `MergeError` for what mergekit has no word for."""
+        from weightspace.merge.mergekit import write
+
+        return write(self)
+
+
+def read(path: str | Path) -> Recipe:
+    """A recipe from a ``.toml`` file, or from a ``.yml`` or ``.yaml`` file of mergekit's.
+
+    Raises `MergeError` for keys that are not known; nothing of a recipe is passed over.
+    """
+    place = Path(path)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MergeError(f"{path}: {error}. Check the path of the recipe") from error
+    if place.suffix in (".yml", ".yaml"):
+        from weightspace.merge.mergekit import parse
+
+        return dataclasses.replace(parse(text), folder=place.parent)
+    if place.suffix != ".toml":
+        raise MergeError(f"{path}: a recipe is a .toml file, or a .yml file of mergekit's; found {place.suffix!r}")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise MergeError(f"{path} is no TOML: {error}") from error
+    return dataclasses.replace(from_table(table), folder=place.parent)
+
+
+def from_table(table: Mapping[str, Any]) -> Recipe:
+    """A recipe from what TOML gives."""
+    unknown = table.keys() - _KEYS
+    if unknown:
+        raise MergeError(f"a recipe has no key {sorted(unknown)[0]!r}; it has {', '.join(sorted(_KEYS))}")
+    if not isinstance(table.get("method"), str):
+        raise MergeError('the recipe says no method; add method = "ties" or another')
+    models = []
+    entries = table.get("models", [])
+    if not isinstance(entries, list):
+        raise MergeError("models is a list of tables with a path each: [[models]]")
+    for entry in entries:
+        given = {"path": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+        if not isinstance(given.get("path"), str):
+            raise MergeError(f"a model of the recipe has no path: {entry!r}")
+        models.append(Source(given.pop("path"), given))
+    hyper = table.get("hyper", {})
+    if not isinstance(hyper, Mapping):
+        raise MergeError(f"hyper is a table of hyper-parameters, found {hyper!r}")
+    exclude = table.get("exclude", [])
+    if not isinstance(exclude, list) or not all(isinstance(e, str) for e in exclude):
+        raise MergeError(f"exclude is a list of tensor names, found {exclude!r}")
+    for key, kind in (("base", str), ("out", str), ("dtype", str), ("seed", int)):
+        if key in table and not isinstance(table[key], kind):
+            raise MergeError(f"{key} is {table[key]!r}; {kind.__name__} was expected")
+    return Recipe(
+        table["method"].lower().replace("_", "-"), tuple(models), table.get("base"), table.get("out"), dict(hyper),
+        table.get("dtype"), tuple(exclude), table.get("max_shard_size"), table.get("seed", 0),
+    )  # fmt: skip
