@@ -37,7 +37,11 @@ METHODS: dict[str, Method] = {
     "weight-matching": Method(
         "weightspace.align.weight_matching", "weight_matching", "Ainsworth et al. 2023, Git Re-Basin"
     ),
-}
+    "activation-matching": Method(
+        "weightspace.align.activation_matching", "activation_matching", "Li et al. 2016; Ainsworth et al. 2023",
+        needs_inputs=True,
+    ),
+}  # fmt: skip
 
 
 def method_of(name: str) -> Method:
