@@ -13,7 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -179,6 +179,7 @@ class _Flight:
     skipped: dict[str, str] = field(default_factory=dict)
     ancestry: list[Any] = field(default_factory=list)
     protection: list[Any] = field(default_factory=list)
+    related: dict[str, Any] = field(default_factory=dict)
     seen: vitals.Health | None = None
     # Of another architecture: nothing else need be said of their settings.
     foreign: set[str] = field(default_factory=set)
@@ -471,7 +472,8 @@ def _wiring(f: _Flight) -> None:
     from weightspace.wiring import wiring as find
 
     for name, model in f.others().items():
-        if name in f.unlike or name in f.unusable:
+        if name in f.unlike or name in f.unusable or model.path is None:
+            # Tensors in memory say nothing beyond the names and shapes that were compared already.
             continue
         try:
             other = find(model)
@@ -775,12 +777,107 @@ def _equal(f: _Flight) -> None:
 # ------------------------------------------------------------------------------------ ancestry, protection
 
 
+def _pairs(f: _Flight, check: str) -> dict[str, Checkpoint]:
+    """Models that can be held against the reference weight by weight; why not, where they cannot."""
+    found = {}
+    for name, model in f.others().items():
+        if name in f.unlike or name in f.unusable:
+            continue
+        if name in f.broken or f.reference[0] in f.broken:
+            f.skipped[f"{check} of {name}"] = "there are values that are not finite"
+        elif f.seen is not None and f.base is not None and f.seen.shared.get(name) == 1.0:
+            # The same weights: nothing to test.
+            continue
+        else:
+            found[name] = model
+    return found
+
+
 def _ancestry(f: _Flight) -> None:
-    f.skipped["ancestry"] = "not built yet"
+    """Each model against the reference, with its null distribution."""
+    from weightspace.mergeability.ancestry import ancestry
+
+    models = _pairs(f, "ancestry")
+    wiring = f.find_wiring() if models else None
+    against, reference = f.reference
+    for name, model in models.items():
+        if wiring is None or wiring.status == "failed":
+            f.skipped["ancestry"] = "it needs a wiring"
+            return
+        found = ancestry(
+            reference, model, wiring, align=wiring.proved and _fits(f, reference), seed=f.seed, names=(against, name)
+        )
+        f.related[name] = found
+        f.ancestry.append(found if found.aligned is None else replace(found, aligned=_light(found.aligned)))
+        if found.relation == "unrelated":
+            f.say(
+                "warning", "ancestry", name, found.statement, f"an ancestor in common with {against}",
+                "averages of unrelated networks fail: align them first, or choose models of one base",
+            )  # fmt: skip
+        elif found.relation == "unknown":
+            f.skipped[f"ancestry of {name}"] = found.note
+        elif found.relation == "same ancestor" and found.lost:
+            f.say(
+                "note", "ancestry", name,
+                f"{len(found.lost)} tensors show no trace of {against} ({_listed(found.lost)})",
+                "correspondence in every layer", "layers made anew, such as a head, or moved ones: merge without them",
+                found.lost,
+            )  # fmt: skip
+
+
+_MOST = 100_000_000
+"""Models of up to as many values are brought near each other, which holds both in memory in float64."""
+
+
+def _fits(f: _Flight, reference: Checkpoint) -> bool:
+    return reference.num_parameters <= _MOST
+
+
+def _light(found: Any) -> Any:
+    """Without the tensors of a model that was not protected, which the caller has."""
+    return found if found.protected else replace(found, tensors={})
 
 
 def _protection(f: _Flight) -> None:
-    f.skipped["protection"] = "not built yet"
+    """Copies moved inside their orbit, found against the reference, and what is left once that is undone."""
+    from weightspace.errors import UnprovedWiringError
+    from weightspace.mergeability.protection import examine
+
+    models = _pairs(f, "protection")
+    wiring = f.find_wiring() if models else None
+    against, reference = f.reference
+    for name, model in models.items():
+        if wiring is None or not wiring.proved:
+            f.skipped["protection"] = "it needs a proved wiring"
+            return
+        if not _fits(f, reference):
+            f.skipped["protection"] = (
+                f"{reference.num_parameters:,} values, more than {_MOST:,}: call "
+                "weightspace.mergeability.protection.examine where memory allows"
+            )
+            return
+        known = f.related.get(name)
+        if known is not None and known.relation == "unrelated" and known.aligned is not None:
+            found = known.aligned
+        else:
+            try:
+                found = known.aligned if known is not None and known.aligned is not None else None
+                found = found or examine(model, reference, wiring)
+            except UnprovedWiringError as error:
+                f.skipped["protection"] = _one_line(error)
+                return
+        f.protection.append(_light(found))
+        if found.protected:
+            # Layers that lost their correspondence are accounted for.
+            f.findings = [x for x in f.findings if x.check != "ancestry" or x.models != (name,)]
+            moved = list(dict.fromkeys(f"{e.kind} ({e.factor})" for e in found.evidence))
+            f.say(
+                "stop", "protection", name,
+                f"moved inside its orbit, so that it computes the same and cannot be averaged: {_listed(moved)}; "
+                f"distance to {against} {found.before:.2f}, and {found.after:.2f} once that is undone",
+                "neurons, heads and scales as in the base",
+                "merge the undone copy: weightspace.mergeability.protection.examine(model, base, wiring).tensors",
+            )  # fmt: skip
 
 
 _STEPS = {
