@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from weightspace.callable import make_callable
+from weightspace.merge.data import MergeData
 from weightspace.merge.entry import merge
 from weightspace.merge.method import Elementwise, Method, Models, PerTensor, Prepared, Reshaped, TwoPass, WithData
 from weightspace.merge.methods import METHODS
@@ -11,6 +12,7 @@ from weightspace.merge.report import Merged, Report
 __all__ = [
     "METHODS",
     "Elementwise",
+    "MergeData",
     "Merged",
     "Method",
     "Models",

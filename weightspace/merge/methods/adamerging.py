@@ -1,0 +1,162 @@
+"""Coefficients of task vectors learned on unlabelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+
+from weightspace.errors import MergeError
+from weightspace.merge.data import MergeData, Network, entries
+from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
+from weightspace.merge.methods.ties import elect
+from weightspace.zoo.progress import bar
+
+
+@dataclass(frozen=True)
+class AdaMerging(WithData):
+    """θ₀ + Σ λᵢˡ τᵢˡ with the λ that make the merged network sure of itself (Yang et al. 2024, "AdaMerging").
+
+    Minimises Σᵢ wᵢ E H(p(y|x)) over unlabelled inputs of each model's task by Adam. ``by="layer"`` learns a λ for every
+    tensor l of every model, ``by="task"`` one for every model over the whole model. ``data``: inputs per model
+    (`MergeData`, where ``outputs`` says which outputs are the task's).
+
+    ``start``: λ at the beginning, 0.3 in the paper; ``steps``, ``rate``, ``batch``: 500, 1e-3 and 16 in the paper.
+    ``density``: below 1, task vectors are trimmed to their largest elements and only those of the elected sign are
+    kept, as by TIES, before (AdaMerging++: 0.2); per tensor here. Running statistics of norms are averaged.
+
+    Memory: the base and all task vectors in float32, and the activations of ``batch`` examples.
+    """
+
+    by: Literal["layer", "task"] = "layer"
+    start: float = 0.3
+    steps: int = 500
+    rate: float = 1e-3
+    batch: int = 16
+    density: float = 1.0
+
+    name: ClassVar[str] = "adamerging"
+    paper: ClassVar[str] = "Yang et al. (2024), AdaMerging: adaptive model merging for multi-task learning"
+    needs_base: ClassVar[bool] = True
+
+    def check(self, count: int) -> None:
+        if self.by not in ("layer", "task"):
+            raise MergeError(f"by is {self.by!r}; 'layer' or 'task' was expected")
+        in_range(self.density, 0, 1, "density", open_low=True)
+        in_range(self.rate, 0, float("inf"), "rate")
+
+    def prepare(self, models: Models) -> Merger:
+        vectors = TaskVectors(models, self.density)
+        names = vectors.network.learned
+        width = len(names) if self.by == "layer" else 1
+        scales = torch.full((len(models.models), width), self.start)
+        columns = {n: k if self.by == "layer" else 0 for k, n in enumerate(names)}
+
+        def build(values: Sequence[Tensor]) -> dict[str, Tensor]:
+            return {n: vectors.mixed(n, values[0][:, k]) for n, k in columns.items()}
+
+        for _ in descend(vectors, entries(models), build, [scales], models, self):
+            pass
+        for name, k in columns.items():
+            models.notes[name] = "λ " + ", ".join(f"{v:.3f}" for v in scales[:, k].tolist())
+
+        def merge(name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+            assert base is not None
+            if name in columns:
+                return vectors.mixed(name, scales[:, columns[name]]).to(base.dtype)
+            return unlearned(base, tensors, name in vectors.base, self.start)
+
+        return merge
+
+
+class TaskVectors:
+    """Base and task vectors of what is learned, float32: ``tau[name]`` is (models, *shape).
+
+    Running statistics of norms have no task vector: ``base`` has their mean over the models.
+    """
+
+    def __init__(self, models: Models, density: float = 1.0) -> None:
+        assert models.base is not None
+        self.network = Network(models)
+        self.base = self.network.tensors(models.base)
+        self.tau = {
+            n: torch.stack([Models.float(m, n).detach().to(torch.float32) for m in models.models]) - self.base[n]
+            for n in self.network.learned
+        }
+        for n in set(self.network.names) - set(self.network.learned):
+            self.base[n] = torch.stack([Models.float(m, n).detach().to(torch.float32) for m in models.models]).mean(0)
+        if density < 1:
+            self.tau = {n: _elected(t, density) for n, t in self.tau.items()}
+
+    def mixed(self, name: str, scales: Tensor, tau: Tensor | None = None) -> Tensor:
+        """θ₀ + Σ λᵢ τᵢ of one tensor, for λ (models,)."""
+        mixed: Tensor = torch.tensordot(scales, self.tau[name] if tau is None else tau, 1)
+        return self.base[name] + mixed
+
+
+def unlearned(base: Tensor, tensors: Sequence[Tensor], statistic: bool, scale: float) -> Tensor:
+    """Running statistics of norms: the mean. What the network does not run on: θ₀ + λ Σ τᵢ."""
+    total = sum((t - base for t in tensors), torch.zeros(()))
+    return base + total * (1 / len(tensors) if statistic else scale)
+
+
+def _elected(tau: Tensor, density: float) -> Tensor:
+    """Task vectors (models, …) trimmed, and without what is against the elected sign."""
+    flat = tau.flatten(1)
+    kept = max(1, int(density * flat.shape[1]))
+    least = flat.abs().topk(kept, dim=1).values[:, -1:]
+    flat = flat * (flat.abs() >= least)
+    chosen = elect(list(flat), [1.0] * len(flat), True)
+    return (flat * (flat * chosen > 0)).view_as(tau)
+
+
+def entropy(outputs: Tensor) -> Tensor:
+    """Mean entropy in nats of softmax over the last dim of (n, …, outputs)."""
+    logs = outputs.log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1).mean()
+
+
+class Descent(Protocol):
+    """How a method descends."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def rate(self) -> float: ...
+    @property
+    def batch(self) -> int: ...
+
+
+def descend(
+    vectors: TaskVectors, data: Sequence[MergeData], build: Callable[[Sequence[Tensor]], Mapping[str, Tensor]],
+    values: Sequence[Tensor], models: Models, how: Descent,
+) -> Iterator[float]:  # fmt: skip
+    """Minimise the entropy of ``build(values)`` by Adam on ``values``, which it changes; yields the loss before each
+    step.
+
+    Every step draws ``how.batch`` examples of every model's data.
+    """
+    generator = torch.Generator().manual_seed(models.seed)
+    with bar(how.name, how.steps, models.progress) as step:
+        for value in values:
+            value.requires_grad_(True)
+        optimiser = torch.optim.Adam(list(values), lr=how.rate)
+        for number in range(how.steps):
+            with torch.enable_grad():
+                tensors = {**vectors.base, **build(values)}
+                losses = [
+                    weight * entropy(vectors.network.own(tensors, d.draw(how.batch, generator)))
+                    for d, weight in zip(data, models.weights, strict=True)
+                ]
+                loss = torch.stack(losses).sum()
+                optimiser.zero_grad()
+                loss.backward()
+            optimiser.step()
+            step(f"{number + 1}")
+            yield float(loss.detach())
+        for value in values:
+            value.requires_grad_(False)
