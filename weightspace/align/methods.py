@@ -37,9 +37,22 @@ METHODS: dict[str, Method] = {
     "weight-matching": Method(
         "weightspace.align.weight_matching", "weight_matching", "Ainsworth et al. 2023, Git Re-Basin"
     ),
+    "frank-wolfe": Method("weightspace.align.frank_wolfe", "frank_wolfe", "Crisostomi et al. 2024, C²M³"),
     "activation-matching": Method(
         "weightspace.align.activation_matching", "activation_matching", "Li et al. 2016; Ainsworth et al. 2023",
         needs_inputs=True,
+    ),
+    "straight-through": Method(
+        "weightspace.align.straight_through", "straight_through", "Ainsworth et al. 2023, section 3.3",
+        needs_inputs=True,
+    ),
+    "sinkhorn": Method(
+        "weightspace.align.sinkhorn", "sinkhorn", "Guerrero Peña et al. 2023, Re-basin via implicit Sinkhorn",
+        takes_inputs=True,
+    ),
+    "optimal-transport": Method(
+        "weightspace.align.optimal_transport", "optimal_transport", "Singh & Jaggi 2020, OTFusion",
+        takes_inputs=True, one_wiring=False,
     ),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,12 +68,17 @@ def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor], weights: Mapping[str
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """``<a, b>`` of float32 tensors, in float64 a piece at a time."""
+    """``<a, b>`` of float32 tensors; pieces of 16,384 products are summed in float32, the pieces in float64."""
     x, y = a.reshape(-1), b.reshape(-1)
-    step = 1 << 20
-    return sum(
-        float(torch.dot(x[i : i + step].double(), y[i : i + step].double())) for i in range(0, x.numel(), step)
-    )
+    step = 1 << 14
+    whole = len(x) // step * step
+    rows, columns = x[:whole].view(-1, 1, step), y[:whole].view(-1, step, 1)
+    return float(torch.bmm(rows, columns).double().sum()) + float(torch.dot(x[whole:], y[whole:]))
+
+
+def unit_of(a: Mapping[str, Tensor], b: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:
+    """``|a| |b|`` with the tensors' weights: the inner product over this is the total weight cosine."""
+    return (inner(a, a, weights) * inner(b, b, weights)) ** 0.5 or 1.0
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -80,6 +86,9 @@ def assign(similarity: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     n = similarity.shape[-1]
+    # What a row or a column has in common changes no choice between permutations, but delays the solver ten times.
+    similarity = similarity - similarity.mean(-1, keepdim=True)
+    similarity = similarity - similarity.mean(-2, keepdim=True)
     rows = similarity.reshape(-1, n, n)
     out = torch.empty(len(rows), n, dtype=torch.long)
     best = rows.argmax(-1).cpu()
@@ -132,8 +141,9 @@ class Matching:
         self._costs: dict[int, _Cost] = {}
         size = sum(fixed[p.tensor].numel() * 4 for f in self.factors for p in self.places[f])
         self._keep = 2 * size <= _KEEP
-        self.unit = sum(w * _norm(fixed[n]) * _norm(moving[n]) for n, w in self.weights.items()) or 1.0
-        self.objective = inner(fixed, {n: self.now(n) for n in self.weights}, self.weights)
+        self._sizes = {n: w * _norm(fixed[n]) * _norm(moving[n]) for n, w in self.weights.items()}
+        self.unit = unit_of(fixed, moving, self.weights)
+        self.objective = self._part(self.weights)
 
     # ---------------------------------------------------------------- looking
 
@@ -157,8 +167,8 @@ class Matching:
         for place in self.places[factor]:
             if chosen is not None and place.tensor not in chosen:
                 continue
-            value = self._cost(place) * self.weights[place.tensor]
-            total = value if total is None else total + value
+            value, weight = self._cost(place), self.weights[place.tensor]
+            total = value * weight if total is None else total.add_(value, alpha=weight)
         assert total is not None
         return total
 
@@ -223,7 +233,8 @@ class Matching:
     def improve(self, factor: str, tensors: Iterable[str] | None = None, *, nested: bool = False) -> float:
         """Moves one factor to its best place while all others stay; gives the gain (0 where it stays).
 
-        With ``tensors`` only those decide, and the objective may fall. ``nested`` moves what is fibred over it as well.
+        With ``tensors`` only those decide, and ``objective`` has to be counted afresh (``recount``) before it is read.
+        ``nested`` moves what is fibred over it as well.
         """
         if nested and self.children[factor]:
             return self._improve_nested(factor, tensors)
@@ -232,24 +243,24 @@ class Matching:
         step = Permutation({factor: index}, self.wiring.factors)
         if step.is_identity:
             return 0.0
-        whole = similarity if tensors is None else self.similarity(factor)
-        better = _columns(similarity, index)
-        expected = float(_traces(better).sum() - _traces(similarity).sum())
+        expected = float(_traces(_columns(similarity, index)).sum() - _traces(similarity).sum())
         if expected <= _LEAST * self.unit:
             return 0.0
-        simple = not any(p.repeated for p in self.places[factor]) and not self.children[factor]
-        if simple:
-            gain = expected if tensors is None else float(_traces(_columns(whole, index)).sum() - _traces(whole).sum())
-            self.move(step, gain)
-            return gain
-        return self._try(step, anyway=tensors is not None)
+        if tensors is not None:
+            # What this does to the other tensors is counted by whoever asked.
+            self.move(step, expected)
+            return expected
+        if not any(p.repeated for p in self.places[factor]) and not self.children[factor]:
+            self.move(step, expected)
+            return expected
+        return self._try(step)
 
-    def _try(self, step: Permutation, anyway: bool = False) -> float:
-        """Moves where that raises the objective, or ``anyway``; gives the gain."""
+    def _try(self, step: Permutation) -> float:
+        """Moves where that raises the objective; gives the gain."""
         before, kept = self.objective, self.permutation
         self.move(step)
         gain = self.objective - before
-        if gain > _LEAST * self.unit or anyway:
+        if gain > _LEAST * self.unit:
             return gain
         back = step.invert()
         self.move(back, before - self.objective)
@@ -296,7 +307,10 @@ class Matching:
             stacked = torch.stack([p._of(e) for p in found]).movedim(1 + at, 1 + lead)
             picked = _pick(stacked.movedim(0, lead), index, lead)
             step[e] = picked.movedim(lead, at).contiguous()
-        return self._try(Permutation(step, wiring.factors), anyway=tensors is not None)
+        if tensors is not None:
+            self.move(Permutation(step, wiring.factors), 0.0)
+            return 1.0
+        return self._try(Permutation(step, wiring.factors))
 
     # ---------------------------------------------------------------- whole searches
 
@@ -314,9 +328,7 @@ class Matching:
             for f in left or inside:
                 loose = open_ - {f, *self.children[f]}
                 rows = {p.tensor for p in self.places[f]}
-                usable = [
-                    p.tensor for p in self.places[f] if not p.repeated and not any(o in loose for o in p.others)
-                ]
+                usable = [p.tensor for p in self.places[f] if not p.repeated and not any(o in loose for o in p.others)]
                 weight = sum(self._weight(t) for t in dict.fromkeys(usable))
                 share = weight / (sum(self._weight(t) for t in rows) or 1.0)
                 if share > most:
@@ -330,37 +342,70 @@ class Matching:
             open_ -= set(done)
             left = [f for f in left if f not in done]
             inside = [f for f in inside if f not in done]
+        self.recount()
 
     def _weight(self, tensor: str) -> float:
-        return self.weights[tensor] * _norm(self.fixed[tensor]) * _norm(self.moving[tensor])
+        return self._sizes[tensor]
 
-    def ascend(self, generator: torch.Generator | None = None, sweeps: int = 50) -> int:
-        """Coordinate ascent until no factor moves (or so many sweeps); gives the number of sweeps.
+    def ascend(
+        self, generator: torch.Generator | None = None, sweeps: int = 50, *, tolerance: float = 0.0,
+        dirty: Iterable[str] | None = None,
+    ) -> int:  # fmt: skip
+        """Coordinate ascent until no factor moves; gives the number of sweeps over the factors.
 
-        Factors are visited in a random order where a generator is given.
+        Ends before that after so many ``sweeps``, or a sweep that gained less than ``tolerance`` of ``|a| |b|``.
+        Factors are visited in a random order where a generator is given; ``dirty`` are those to begin with.
         """
-        neighbours = self._neighbours()
-        dirty = set(self.factors)
+        neighbours = self.neighbours
+        waiting = set(self.factors if dirty is None else dirty)
         done = 0
-        while dirty and done < sweeps:
+        while waiting and done < sweeps:
             order = self.factors
             if generator is not None:
                 order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
             done += 1
-            settled = True
+            before = self.objective
             for f in order:
-                if f not in dirty:
+                if f not in waiting:
                     continue
-                dirty.discard(f)
+                waiting.discard(f)
                 if self.improve(f) or (self.children[f] and self.improve(f, nested=True)):
-                    dirty |= neighbours[f]
-                    settled = False
-            if settled:
+                    waiting |= neighbours[f]
+            if self.objective - before <= tolerance * self.unit:
                 break
         return done
 
-    def _neighbours(self) -> dict[str, set[str]]:
-        """Factors whose similarity changes when one moves."""
+    def kick(self, generator: torch.Generator, share: float = 0.1) -> bool:
+        """Mixes up a share of one factor's elements, lets the others answer and all settle; undone unless it helped.
+
+        A large-neighbourhood step out of a local optimum. Gives whether the objective rose.
+        """
+        chosen = self.factors[int(torch.randint(0, len(self.factors), (1,), generator=generator))]
+        size = self.wiring.factors[chosen].size
+        cycle = torch.randperm(size, generator=generator)[: max(2, round(share * size))]
+        index = torch.arange(size)
+        index[cycle] = cycle.roll(1)
+        shape = [self.wiring.factors[o].size for o in self.wiring.factors[chosen].over]
+        before, kept = self.objective, self.permutation
+        self.move(Permutation({chosen: index.expand(*shape, size).contiguous()}, self.wiring.factors))
+        self.ascend(generator, sweeps=10, dirty=self.neighbours[chosen])
+        if self.objective > before + _LEAST * self.unit:
+            return True
+        self.jump(kept)
+        self.objective = before
+        return False
+
+    def jump(self, permutation: Permutation) -> None:
+        """Goes to another group element; the objective is not counted."""
+        names = {**permutation.index, **self.permutation.index}
+        other = [f for f in names if not torch.equal(permutation._of(f), self.permutation._of(f))]
+        for t in {p.tensor for f in other for p in self.places.get(f, ())}:
+            self._versions[t] += 1
+        self.permutation = permutation
+
+    @cached_property
+    def neighbours(self) -> dict[str, set[str]]:
+        """Of each factor, those whose similarity changes when it moves."""
         carriers: dict[str, set[str]] = {}
         for f in self.factors:
             for p in self.places[f]:
@@ -370,6 +415,15 @@ class Matching:
             near = set().union(*(carriers[p.tensor] for p in self.places[f]))
             out[f] = near if any(p.repeated for p in self.places[f]) else near - {f}
         return out
+
+    @property
+    def work(self) -> float:
+        """Floating-point operations of all similarities, computed once."""
+        return sum(
+            2.0 * self.fixed[p.tensor].numel() * self.wiring.factors[f].size
+            for f in self.factors
+            for p in self.places[f]
+        )
 
     def recount(self) -> float:
         """The objective computed afresh."""

@@ -50,6 +50,28 @@ class Place:
         lead = [parts[i] for i in self.front]
         return spread.permute(*self.front, *rest).reshape(*lead, -1)
 
+    def put(self, tensor: Tensor, view: Tensor) -> Tensor:
+        """The tensor with this place's part replaced by ``view (*over, size, rest)``; a new tensor."""
+        shape = list(tensor.shape)
+        for dim, positions in zip(self.dims, self.positions, strict=True):
+            if positions is not None:
+                shape[dim] = len(positions)
+        parts: list[int] = []
+        for dim, size in enumerate(shape):
+            parts += self.sizes[self.dims.index(dim)] if dim in self.dims else (size,)
+        rest = [i for i in range(len(parts)) if i not in self.front]
+        order = [*self.front, *rest]
+        spread = view.reshape([parts[i] for i in order])
+        part = spread.permute(*(order.index(i) for i in range(len(order)))).reshape(shape)
+        chosen = [(d, p) for d, p in zip(self.dims, self.positions, strict=True) if p is not None]
+        if not chosen:
+            return part
+        index = []
+        for d in range(tensor.dim()):
+            here = next((p for e, p in chosen if e == d), torch.arange(tensor.shape[d]))
+            index.append(here.to(tensor.device).reshape([-1 if e == d else 1 for e in range(tensor.dim())]))
+        return tensor.index_put(index, part)
+
 
 def places(wiring: Wiring) -> dict[str, tuple[Place, ...]]:
     """The places of every free factor, in the order of the tensors; kept on the wiring."""
