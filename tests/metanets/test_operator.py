@@ -84,6 +84,23 @@ def test_a_batch_of_different_networks_gives_what_each_gives_alone(
         torch.testing.assert_close(metanet.read(graph)[0], row, rtol=1e-9, atol=1e-9)
 
 
+def test_stacks_of_several_kernels_give_what_each_gives_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    metanet = small()
+    graphs = [cnn(0, (4, 6), 3), cnn(1, (5, 3), 5), cnn(2, (6,), 1), mlp(3), cnn(4, (3, 4), 4)]
+    items = [metanet.prepare(graph) for graph in graphs]
+    batch = metanet.collate(items)
+    with torch.no_grad():
+        together = metanet(batch)
+    monkeypatch.setattr(batches, "STACK", -(10**9))
+    monkeypatch.setattr(batches, "_PLANS", type(batches._PLANS)())
+    apart = metanet.collate(items)
+    assert len(batch.buckets) < len(apart.buckets)
+    # Odd kernels share their middle; those of four positions lie between.
+    assert max(len(b.coordinates) for b in batch.buckets) == 25 + 16
+    with torch.no_grad():
+        torch.testing.assert_close(together, metanet(apart), rtol=1e-12, atol=1e-12)
+
+
 class Block(nn.Module):
     """A residual block with a norm, on maps or on features."""
 

@@ -164,8 +164,7 @@ class Operators:
     def __init__(self, bucket: Bucket, transfer: bool, dtype: torch.dtype) -> None:
         self.bucket = bucket
         scales = bucket.scales.to(torch.float64).clamp_min(1e-30)
-        fan_out, fan_in, lookup = bucket.fans.to(torch.float64).unbind(1)
-        positions = bucket.coordinates.shape[0]
+        fan_out, fan_in, positions, lookup = bucket.fans.to(torch.float64).unbind(1)
         attributes = [bucket.features.to(dtype)]
         if not transfer:
             attributes.append(relative_scales(scales, fan_in * positions).to(dtype))
