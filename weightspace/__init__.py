@@ -34,6 +34,7 @@ _EXPORTS = {
     "Skeleton": "weightspace.wiring.catalogue",
     "graph": "weightspace.graph",
     "align": "weightspace.align",
+    "align_many": "weightspace.align",
     "barrier": "weightspace.align.barrier",
     "ParameterGraph": "weightspace.graph",
     "Zoo": "weightspace.zoo",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from weightspace import errors as errors
     from weightspace import metanets as metanets
     from weightspace.align import align as align
+    from weightspace.align import align_many as align_many
     from weightspace.align.barrier import barrier as barrier
     from weightspace.checkpoint import Checkpoint as Checkpoint
     from weightspace.checkpoint import open as open

@@ -251,6 +251,34 @@ def merge(
 
 
 @app.command()
+def align(
+    a: Annotated[str, typer.Argument(help="The network that stays, a file or file!member.")],
+    b: Annotated[str, typer.Argument(help="The network that is moved onto it.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the moved B (.safetensors, .pt).")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="Name of a method.")] = "weight-matching",
+    option: Annotated[list[str] | None, typer.Option(help="Option of the method, such as kicks=100.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="File of example inputs, for methods that compare them.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    unverified: Annotated[bool, typer.Option("--unverified", help="Trust a wiring that no run has proved.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Move network B onto network A by symmetries: B computes what it did, its neurons lie where A's alike do."""
+    from weightspace.align.commands import align_files, rows
+
+    found = align_files(
+        a, b, out, method=method, seed=seed, unverified=unverified, inputs=inputs, options=_settings(option)
+    )
+    if as_json:
+        _print_json({**found.to_dict(), "out": None if out is None else str(out)})
+        return
+    console = _console()
+    title = f"{method}: weight cosine {found.before:.4f} → {found.objective:.4f}, {found.diagnostics['seconds']:.2f} s"
+    console.print(_table(title, ("axis", "size", "over", "moved"), rows(found)))
+    if out is not None:
+        console.print(f"wrote {out} ({out.stat().st_size:,} bytes)", highlight=False, markup=False)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path | None, typer.Argument(help="Folder for the starter zoo (default: temporary).")] = None,
     jobs: Jobs = None,

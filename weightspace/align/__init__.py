@@ -9,8 +9,9 @@ from __future__ import annotations
 from weightspace.align.alignment import Alignment, Found
 from weightspace.align.entry import align
 from weightspace.align.methods import METHODS, Method
+from weightspace.align.universe import Universe, align_many
 from weightspace.callable import make_callable
 
-__all__ = ["METHODS", "Alignment", "Found", "Method", "align"]
+__all__ = ["METHODS", "Alignment", "Found", "Method", "Universe", "align", "align_many"]
 
 make_callable(__name__, align)

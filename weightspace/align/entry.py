@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from weightspace.align.methods import Method, method_of
 from weightspace.errors import AlignmentError, UnprovedWiringError
 from weightspace.wiring.entry import wiring as find_wiring
 from weightspace.wiring.matching import dot, float32, tensor_weights
-from weightspace.wiring.wiring import Permutation, Wiring
+from weightspace.wiring.wiring import Wiring
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ def align(
     """
     how = method_of(method)
     first, second = opened(a), opened(b)
+    _check_options(how, method, options)
     if how.needs_inputs and inputs is None:
         raise AlignmentError(f"{method} compares activations and needs inputs; pass inputs= (a batch for the network)")
     if inputs is not None and not (how.needs_inputs or how.takes_inputs):
@@ -47,7 +49,7 @@ def align(
     of_a, of_b = _wirings(first, second, how, method, wiring)
     for one in (of_a, of_b):
         check_proved(one, unverified, "aligned")
-    x, y = _tensors(first, of_a, "a"), _tensors(second, of_b, "b")
+    x, y = read(first, "a"), read(second, "b")
     if not how.one_wiring:
         extra["wiring_a"] = of_a
     started = time.perf_counter()
@@ -57,8 +59,18 @@ def align(
     seconds = time.perf_counter() - started
     before, after = cosine(x, y, of_b), cosine(x, aligned, of_b)
     diagnostics = {"seconds": seconds, "moved": moved_shares(found.permutations, of_b), **found.diagnostics}
-    made = _checkpoint(aligned, second)
+    made = as_checkpoint(aligned, second)
     return Alignment(method, of_b, found.permutations, after, before, found.costs, diagnostics, found.maps, made)
+
+
+def _check_options(how: Method, method: str, options: Mapping[str, Any]) -> None:
+    known = inspect.signature(how.function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    unknown = [n for n in options if n not in known or n in ("a", "b", "wiring", "wiring_a")]
+    if unknown:
+        own = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and n not in ("seed", "inputs", "wiring_a")]
+        raise AlignmentError(f"{method} has no option {unknown[0]!r}; it has {', '.join(own) or 'none'}")
 
 
 def opened(model: Model) -> Mapping[str, Tensor]:
@@ -144,7 +156,8 @@ def _loose() -> list[str]:
     return [name for name, m in METHODS.items() if not m.one_wiring]
 
 
-def _tensors(model: Mapping[str, Tensor], wiring: Wiring, who: str) -> dict[str, Tensor]:
+def read(model: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
+    """All tensors; raises ``AlignmentError`` where one holds numbers that are not finite."""
     found = {}
     for name in model:
         t = model[name].detach()
@@ -171,7 +184,8 @@ def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor], wiring: Wiring) -> 
     return min(1.0, max(-1.0, ab / norm)) if norm else float("nan")
 
 
-def _checkpoint(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Checkpoint:
+def as_checkpoint(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Checkpoint:
+    """Tensors in memory as a checkpoint, with what the file that they come from says beside its tensors."""
     from weightspace.checkpoint import from_tensors
 
     metadata = getattr(like, "metadata", None)
@@ -180,4 +194,4 @@ def _checkpoint(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Ch
     return made
 
 
-__all__ = ["Model", "Permutation", "align", "check_proved", "check_same", "cosine", "opened", "shapes_of"]
+__all__ = ["Model", "align", "as_checkpoint", "check_proved", "check_same", "cosine", "opened", "read", "shapes_of"]

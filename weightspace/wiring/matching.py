@@ -42,6 +42,11 @@ def float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def acted(wiring: Wiring, perm: Permutation, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``float32`` tensors after a group element, as ``wiring.apply`` moves those of the file."""
+    return {n: _act(t, wiring.layouts[n], perm) for n, t in tensors.items()}
+
+
 def tensor_weights(
     wiring: Wiring, fixed: Mapping[str, Tensor], moving: Mapping[str, Tensor], kind: str = "plain"
 ) -> dict[str, float]:
