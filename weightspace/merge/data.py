@@ -147,6 +147,7 @@ class Network:
             first.setdefault(id(self.program.tensors[name]), name)
         self.twin = {name: first[id(tensor)] for name, tensor in self.program.tensors.items()}
         self.names = tuple(n for n in models.names if self.twin.get(n) == n)
+        self.reads = models.proved.reads
         roles = models.proved.roles
         self.learned = tuple(n for n in self.names if roles.get(n) not in ("mean", "variance"))
 
@@ -182,8 +183,8 @@ def _float32(tensor: Tensor) -> Tensor:
 def foreign(network: Network, tensors: Mapping[str, Tensor], data: MergeData, examples: int = 64) -> dict[str, Tensor]:
     """Which elements of each tensor only other tasks' outputs depend on: bool, of its shape. Empty without ``outputs``.
 
-    An element is so where the gradient of all own outputs is zero on these examples and that of others is not: the rows
-    of an output layer with the outputs of several tasks.
+    A row of a weight is so (an element of another tensor) where the gradient of all own outputs is zero on these
+    examples and that of others is not: the rows of an output layer with the outputs of several tasks.
     """
     if data.outputs is None:
         return {}
@@ -201,9 +202,31 @@ def foreign(network: Network, tensors: Mapping[str, Tensor], data: MergeData, ex
         ]
     found = {}
     for (name, leaf), own, other in zip(leaves.items(), *grads, strict=True):
+        mine = torch.zeros_like(leaf, dtype=torch.bool) if own is None else own != 0
         theirs = torch.zeros_like(leaf, dtype=torch.bool) if other is None else other != 0
-        found[name] = theirs if own is None else theirs & (own == 0)
+        if name in network.reads:
+            # A row as a whole: inputs that happen to be zero on these examples say nothing of it.
+            mine, theirs = (m.any(network.reads[name], keepdim=True).expand_as(leaf) for m in (mine, theirs))
+        found[name] = theirs & ~mine
     return found
 
 
-__all__ = ["MergeData", "Network", "entries", "foreign"]
+def owned(tensors: Sequence[Tensor], weights: Sequence[float], others: Sequence[Tensor | None]) -> Tensor:
+    """The weighted mean over the models that an element belongs to, over all where it belongs to none.
+
+    ``others``: per model, which elements are other tasks' (see `foreign`); None: none of them.
+    """
+    total = sum(weights)
+    plain = sum((t * (w / total) for t, w in zip(tensors, weights, strict=True)), torch.zeros(()))
+    if all(o is None for o in others):
+        return plain
+    shares = [
+        torch.full_like(t, w) if o is None else w * (~o).to(t)
+        for t, w, o in zip(tensors, weights, others, strict=True)
+    ]
+    below = sum(shares, torch.zeros(()))
+    above = sum((t * s for t, s in zip(tensors, shares, strict=True)), torch.zeros(()))
+    return torch.where(below > 0, above / below.clamp(min=1e-12), plain)
+
+
+__all__ = ["MergeData", "Network", "entries", "foreign", "owned"]

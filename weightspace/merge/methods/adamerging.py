@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 
 from weightspace.errors import MergeError
-from weightspace.merge.data import MergeData, Network, entries
+from weightspace.merge.data import MergeData, Network, entries, foreign, owned
 from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
 from weightspace.merge.methods.ties import elect
 from weightspace.zoo.progress import bar
@@ -21,7 +21,9 @@ class AdaMerging(WithData):
 
     Minimises Σᵢ wᵢ E H(p(y|x)) over unlabelled inputs of each model's task by Adam. ``by="layer"`` learns a λ for every
     tensor l of every model, ``by="task"`` one for every model over the whole model. ``data``: inputs per model
-    (`MergeData`, where ``outputs`` says which outputs are the task's).
+    (`MergeData`). Where they say which ``outputs`` are the task's, an output layer of several tasks' outputs is not
+    learned, since larger weights there make any network surer: each task's rows are taken from its own model, as the
+    original keeps the heads of the tasks.
 
     ``start``: λ at the beginning, 0.3 in the paper; ``steps``, ``rate``, ``batch``: 500, 1e-3 and 16 in the paper.
     ``density``: below 1, task vectors are trimmed to their largest elements and only those of the elected sign are
@@ -48,8 +50,9 @@ class AdaMerging(WithData):
         in_range(self.rate, 0, float("inf"), "rate")
 
     def prepare(self, models: Models) -> Merger:
-        vectors = TaskVectors(models, self.density)
-        names = vectors.network.learned
+        data = entries(models)
+        vectors = TaskVectors(models, data, self.density)
+        names = vectors.learned
         width = len(names) if self.by == "layer" else 1
         scales = torch.full((len(models.models), width), self.start)
         columns = {n: k if self.by == "layer" else 0 for k, n in enumerate(names)}
@@ -57,7 +60,7 @@ class AdaMerging(WithData):
         def build(values: Sequence[Tensor]) -> dict[str, Tensor]:
             return {n: vectors.mixed(n, values[0][:, k]) for n, k in columns.items()}
 
-        for _ in descend(vectors, entries(models), build, [scales], models, self):
+        for _ in descend(vectors, data, build, [scales], models, self):
             pass
         for name, k in columns.items():
             models.notes[name] = "λ " + ", ".join(f"{v:.3f}" for v in scales[:, k].tolist())
@@ -66,7 +69,7 @@ class AdaMerging(WithData):
             assert base is not None
             if name in columns:
                 return vectors.mixed(name, scales[:, columns[name]]).to(base.dtype)
-            return unlearned(base, tensors, name in vectors.base, self.start)
+            return vectors.unlearned(name, base, tensors, self.start)
 
         return merge
 
@@ -74,19 +77,21 @@ class AdaMerging(WithData):
 class TaskVectors:
     """Base and task vectors of what is learned, float32: ``tau[name]`` is (models, *shape).
 
-    Running statistics of norms have no task vector: ``base`` has their mean over the models.
+    Running statistics of norms and output layers of several tasks are not learned: ``base`` has their mean over the
+    models, or over those whose task an output is.
     """
 
-    def __init__(self, models: Models, density: float = 1.0) -> None:
+    def __init__(self, models: Models, data: Sequence[MergeData], density: float = 1.0) -> None:
         assert models.base is not None
         self.network = Network(models)
         self.base = self.network.tensors(models.base)
-        self.tau = {
-            n: torch.stack([Models.float(m, n).detach().to(torch.float32) for m in models.models]) - self.base[n]
-            for n in self.network.learned
-        }
-        for n in set(self.network.names) - set(self.network.learned):
-            self.base[n] = torch.stack([Models.float(m, n).detach().to(torch.float32) for m in models.models]).mean(0)
+        tensors = [self.network.tensors(m) for m in models.models]
+        others = [foreign(self.network, t, d) for t, d in zip(tensors, data, strict=True)]
+        heads = {n for o in others for n, f in o.items() if bool(f.any())}
+        self.learned = tuple(n for n in self.network.learned if n not in heads)
+        self.tau = {n: torch.stack([t[n] for t in tensors]) - self.base[n] for n in self.learned}
+        for n in set(self.network.names) - set(self.learned):
+            self.base[n] = owned([t[n] for t in tensors], models.weights, [o.get(n) for o in others])
         if density < 1:
             self.tau = {n: _elected(t, density) for n, t in self.tau.items()}
 
@@ -95,11 +100,11 @@ class TaskVectors:
         mixed: Tensor = torch.tensordot(scales, self.tau[name] if tau is None else tau, 1)
         return self.base[name] + mixed
 
-
-def unlearned(base: Tensor, tensors: Sequence[Tensor], statistic: bool, scale: float) -> Tensor:
-    """Running statistics of norms: the mean. What the network does not run on: θ₀ + λ Σ τᵢ."""
-    total = sum((t - base for t in tensors), torch.zeros(()))
-    return base + total * (1 / len(tensors) if statistic else scale)
+    def unlearned(self, name: str, base: Tensor, tensors: Sequence[Tensor], scale: float) -> Tensor:
+        """The result for what is not learned; for what the network does not run on, θ₀ + λ Σ τᵢ."""
+        if name in self.base:
+            return self.base[name].to(base.dtype)
+        return base + scale * sum((t - base for t in tensors), torch.zeros(()))
 
 
 def _elected(tau: Tensor, density: float) -> Tensor:

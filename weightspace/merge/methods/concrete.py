@@ -10,7 +10,7 @@ import torch
 
 from weightspace.merge.data import entries
 from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
-from weightspace.merge.methods.adamerging import TaskVectors, descend, unlearned
+from weightspace.merge.methods.adamerging import TaskVectors, descend
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Concrete(WithData):
     The mask's logits z, one per parameter, are learned by Adam so that the entropy of the merged network's outputs on
     unlabelled inputs of all tasks is small, with m = σ((z + logit u) / ``temperature``), u uniform and drawn afresh in
     every step (Maddison et al. 2017); the result takes m = σ(z). Masks are rescaled by their mean in each tensor, as in
-    the original, which learns over the whole model. ``data`` as for `AdaMerging`.
+    the original, which learns over the whole model. ``data`` and output layers as for `AdaMerging`.
 
     ``scale``: λ (0.3); ``adapt`` learns a λ per model and tensor at the same time with ``adapt_rate``, from ``scale``
     (Concrete AdaMerging, where the original alternates the two). ``steps``: 2000 in the original; ``rate`` of the
@@ -46,8 +46,9 @@ class Concrete(WithData):
         in_range(self.rate, 0, float("inf"), "rate")
 
     def prepare(self, models: Models) -> Merger:
-        vectors = TaskVectors(models)
-        names = vectors.network.learned
+        data = entries(models)
+        vectors = TaskVectors(models, data)
+        names = vectors.learned
         logits = {n: torch.zeros_like(vectors.base[n]) for n in names}
         # In units of the logits' rate, so that one optimiser serves both.
         ratio = self.adapt_rate / self.rate if self.adapt and self.rate else 0.0
@@ -65,13 +66,13 @@ class Concrete(WithData):
             return out
 
         values = [*logits.values(), *([moves] if self.adapt else [])]
-        for _ in descend(vectors, entries(models), build, values, models, self):
+        for _ in descend(vectors, data, build, values, models, self):
             pass
 
         def merge(name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
             assert base is not None
             if name in logits:
                 return tensor(name, logits[name].sigmoid(), names.index(name)).to(base.dtype)
-            return unlearned(base, tensors, name in vectors.base, self.scale)
+            return vectors.unlearned(name, base, tensors, self.scale)
 
         return merge

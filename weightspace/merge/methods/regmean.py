@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from weightspace.errors import MergeError
-from weightspace.merge.data import Network, entries, foreign
+from weightspace.merge.data import Network, entries, foreign, owned
 from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
 from weightspace.wiring.contractions import Gram, contractions
 
@@ -51,10 +51,7 @@ class RegMean(WithData):
         sums: dict[str, _Sums] = {}
         skipped: set[str] = set()
         given = entries(models)
-        own = [
-            {n: ~f for n, f in foreign(network, network.tensors(m), d).items()}
-            for m, d in zip(models.models, given, strict=True)
-        ]
+        others = [foreign(network, network.tensors(m), d) for m, d in zip(models.models, given, strict=True)]
         for i, (model, data, weight) in enumerate(zip(models.models, given, models.weights, strict=True)):
             if data.kwargs:
                 raise MergeError("regmean takes inputs by position: MergeData((first, second, …)), not by keyword")
@@ -71,11 +68,11 @@ class RegMean(WithData):
                     continue
                 weights = Models.float(model, name)
                 if name not in sums:
-                    sums[name] = _Sums(grams[name], [o.get(name) for o in own], weights)
+                    sums[name] = _Sums(grams[name], [o.get(name) for o in others], weights)
                 sums[name].add(grams[name], weights, weight, self.shrink, i)
 
         def merge(name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-            mean = _mean(tensors, weights, [o.get(name) for o in own])
+            mean = owned(tensors, weights, [o.get(name) for o in others])
             if name not in sums or name in skipped:
                 return mean
             return sums[name].solve(mean, self.ridge)
@@ -85,19 +82,6 @@ class RegMean(WithData):
 
 def _whole(models: Models, network: Network, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: model[twin] for n, twin in network.twin.items()}
-
-
-def _mean(tensors: Sequence[Tensor], weights: Sequence[float], own: Sequence[Tensor | None]) -> Tensor:
-    """The weighted mean over the models that an element belongs to, or over all where it belongs to none."""
-    plain = sum((t * w for t, w in zip(tensors, weights, strict=True)), torch.zeros(())) / sum(weights)
-    if all(o is None for o in own):
-        return plain
-    shares = [
-        torch.full_like(t, w) if o is None else o.to(t) * w for t, w, o in zip(tensors, weights, own, strict=True)
-    ]
-    total = sum(shares, torch.zeros(()))
-    mixed = sum((t * s for t, s in zip(tensors, shares, strict=True)), torch.zeros(()))
-    return torch.where(total > 0, mixed / total.clamp(min=1e-12), plain)
 
 
 @dataclass
@@ -115,14 +99,14 @@ class _Sums:
     """The sums of one weight, per part of it (see `Gram`), and within each by which models the outputs belong to."""
 
     first: Gram
-    own: Sequence[Tensor | None]
+    others: Sequence[Tensor | None]
     like: Tensor
     parts: list[list[_Part]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        everyone = frozenset(range(len(self.own)))
+        everyone = frozenset(range(len(self.others)))
         kept = [
-            None if o is None else [m.any(0) for _, m in self.first.matrices(o.to(self.like))] for o in self.own
+            None if o is None else [m.any(0) for _, m in self.first.matrices((~o).to(self.like))] for o in self.others
         ]
         for at, (moment, matrix) in enumerate(self.first.matrices(self.like)):
             owners: dict[frozenset[int], list[int]] = {}
