@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
         "weightspace.align.sinkhorn", "sinkhorn", "Guerrero Peña et al. 2023, Re-basin via implicit Sinkhorn",
         takes_inputs=True,
     ),
+    "pleas": Method("weightspace.align.pleas", "pleas", "Nasery et al. 2024, PLeaS", needs_inputs=True),
     "optimal-transport": Method(
         "weightspace.align.optimal_transport", "optimal_transport", "Singh & Jaggi 2020, OTFusion",
         takes_inputs=True, one_wiring=False,

@@ -31,7 +31,8 @@ def straight_through(
 
     ``loss(outputs, inputs)``: what training minimises, over the arguments of one run; without it, the squared distance
     of the outputs half way to the mean of both networks' outputs, which needs no labels. ``rate``: step of Adam
-    relative to each tensor's root mean square. Where there are batch norms their statistics are measured half way at every step.
+    relative to each tensor's root mean square. Where there are batch norms their statistics are measured half way
+    at every step.
     """
     fixed, moving = float32(a), float32(b)
     weights = tensor_weights(wiring, fixed, moving)
