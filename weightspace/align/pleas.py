@@ -31,9 +31,9 @@ _NORMS = {"layer_norm", "rms_norm", "group_norm", "softmax"}
 class Pleas:
     """A merged network.
 
-    ``matched``: per factor how many elements were merged, the first ones of the new order; after them come the other elements of a, then those of b. ``wiring`` runs the merged tensors (its layouts are still
-    those of the narrow networks where widths changed). ``kept`` names the weights that were averaged, not refitted,
-    with the reason.
+    ``matched``: per factor how many elements were merged, the first ones of the new order; after them come the other
+    elements of a, then those of b. ``wiring`` runs the merged tensors (its layouts are still those of the narrow
+    networks where widths changed). ``kept`` names the weights that were averaged, not refitted, with the reason.
     """
 
     tensors: dict[str, Tensor]
