@@ -34,8 +34,9 @@ def model_card(
 - **encoder**: operator message passing, {size["encoder"]:,} parameters, {_plan(model.encoder)}. Trained by contrast: a
   network and the same one with its neurons rescaled and noise of up to {recipe.views.noise:g} standard deviations on
   each tensor are positives. A vector of {model.dimension} numbers: its output and {recipe.components} principal
-  components of the training-free descriptor (weights {model.mixture[0]:.3g} and {model.mixture[1]:.3g}); distance 1 is
-  the median between networks of different runs.
+  components of the training-free descriptor (weights {model.mixture[0]:.3g} and {model.mixture[1]:.3g}, of
+  {len(recipe.mixtures)} pairs the one that found most among validation runs); distance 1 is the median between networks
+  of different runs.
 - **predictor of accuracy**: operator message passing, {size["accuracy"]:,} parameters, {_plan(model.accuracy)}.
   Regression of the test accuracy of image classifiers.
 

@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weightspace.graph import ParameterGraph
 from weightspace.metanets import metrics
 from weightspace.metanets.augment import permute, rescale
 from weightspace.metanets.data import Sample, lineages
 from weightspace.metanets.metrics import Interval
 from weightspace.pretrained.applicability import LEAST, Range
-from weightspace.pretrained.model import Seen, Shipped
+from weightspace.pretrained.model import Seen, Shipped, mixed
 from weightspace.pretrained.networks import disturbed
 from weightspace.pretrained.views import described
 
@@ -74,6 +75,20 @@ def retrieval(
     """
     for name, samples in pools.items():
         yield from _asked(model, name, _some(samples, most), draws)
+
+
+def mean_recalls(
+    model: Shipped, samples: Sequence[Sample], mixtures: Sequence[tuple[float, float]], most: int = 0
+) -> list[float]:
+    """Recall@1 of each mixture of code and place, averaged over all questions about a pool."""
+    some = _some(samples, most)
+    pooled = model.see([s.graph for s in some])
+    rows = []
+    for q in _questions(model, some, pooled):
+        asked = q.wanted.any(1)
+        far = [_far(mixed(q.queries, mixture), mixed(pooled, mixture)) for mixture in mixtures]
+        rows.append([float((_first_hit(f, q.wanted, q.left)[asked] < 1).mean()) for f in far])
+    return [float(x) for x in np.mean(rows, axis=0)]
 
 
 def coverage(model: Shipped, pools: Mapping[str, Sequence[Sample]], draws: int = 500) -> Iterator[Coverage]:
@@ -130,44 +145,70 @@ def _some(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 
 def _asked(model: Shipped, pool: str, samples: list[Sample], draws: int) -> Iterator[Recall]:
+    trees = np.array(lineages(samples))
+    pooled = model.see([s.graph for s in samples])
+    descriptors = described([s.graph for s in samples])
+    for q in _questions(model, samples, pooled):
+        asked, queries = q.wanted.any(1), int(q.wanted.any(1).sum())
+        pairs = {
+            "encoder": (model.vectors(q.queries), model.vectors(pooled)),
+            "descriptor": (described(q.graphs), descriptors),
+        }
+        for measure, (own, others) in pairs.items():
+            first = _first_hit(_far(own, others), q.wanted, q.left)[asked]
+            figures = {k: _share(first < k, trees[asked], draws) for k in RANKS}
+            yield Recall(pool, q.text, measure, queries, figures)
+        chances = {k: float(_chance(q.wanted, q.left, k)[asked].mean()) for k in RANKS}
+        yield Recall(pool, q.text, "chance", queries, {k: Interval(c, c, c) for k, c in chances.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """Networks that ask a pool, what each of them ``wanted`` of it, and what is ``left`` out: ``(queries, pool)``."""
+
+    text: str
+    wanted: Bools
+    left: Bools
+    queries: Seen
+    graphs: Sequence[ParameterGraph]
+
+
+def _questions(model: Shipped, samples: Sequence[Sample], pooled: Seen) -> Iterator[_Question]:
+    """Every question that has an answer in a pool; ``pooled`` are its networks as they are seen."""
+
+    def asked(
+        text: str, wanted: Bools, left: Bools, queries: Seen, raw: Sequence[ParameterGraph]
+    ) -> Iterator[_Question]:
+        if wanted.any():
+            yield _Question(text, wanted, left, queries, raw)
+
     graphs = [s.graph for s in samples]
-    vectors, descriptors = model.vectors(model.see(graphs)), described(graphs)
     trees = np.array(lineages(samples))
     same_tree = trees[:, None] == trees[None, :]
     itself = np.eye(len(samples), dtype=bool)
-
-    def rows(question: str, wanted: Bools, left: Bools, queries: Tensor, raw: Tensor) -> Iterator[Recall]:
-        asked = wanted.any(1)
-        if not asked.any():
-            return
-        for measure, own, others in (("encoder", queries, vectors), ("descriptor", raw, descriptors)):
-            far = torch.cdist(own.double(), others.double()).numpy()
-            first = _first_hit(far, wanted, left)[asked]
-            figures = {k: _share(first < k, trees[asked], draws) for k in RANKS}
-            yield Recall(pool, question, measure, int(asked.sum()), figures)
-        chances = {k: float(_chance(wanted, left, k)[asked].mean()) for k in RANKS}
-        yield Recall(pool, question, "chance", int(asked.sum()), {k: Interval(c, c, c) for k, c in chances.items()})
-
     task = np.array([str(s.record.get("task", s.name)) for s in samples])
     same_task = task[:, None] == task[None, :]
     if not same_task.all():
-        yield from rows("same task, another lineage", same_task & ~same_tree, same_tree, vectors, descriptors)
+        yield from asked("same task, another lineage", same_task & ~same_tree, same_tree, pooled, graphs)
     related = _related(samples)
-    yield from rows("same parent", related & ~itself, itself, vectors, descriptors)
+    yield from asked("same parent", related & ~itself, itself, pooled, graphs)
     run = np.array([s.group for s in samples])
     same_run = (run[:, None] == run[None, :]) & ~itself
     generator = torch.Generator().manual_seed(0)
     moved = [rescale(permute(g, generator), generator) for g in graphs]
-    again = model.vectors(model.see(moved)), described(moved)
+    again = model.see(moved), moved
     nothing = np.zeros_like(itself)
-    yield from rows("permuted and rescaled copy", itself, nothing, *again)
-    yield from rows("copy of a later or earlier checkpoint", same_run, itself, *again)
+    yield from asked("permuted and rescaled copy", itself, nothing, *again)
+    yield from asked("copy of a later or earlier checkpoint", same_run, itself, *again)
     parents = _parents(samples)
-    yield from rows("fine-tuned copy", parents, itself, *again)
+    yield from asked("fine-tuned copy", parents, itself, *again)
     for level in NOISES:
         noisy = [disturbed(permute(g, generator), level, generator, exactly=True) for g in graphs]
-        changed = model.vectors(model.see(noisy)), described(noisy)
-        yield from rows(f"copy with {level:.0%} noise", itself, nothing, *changed)
+        yield from asked(f"copy with {level:.0%} noise", itself, nothing, model.see(noisy), noisy)
+
+
+def _far(queries: Tensor, pool: Tensor) -> NDArray[np.float64]:
+    return np.asarray(torch.cdist(queries.double(), pool.double()).numpy())
 
 
 def _related(samples: Sequence[Sample]) -> Bools:

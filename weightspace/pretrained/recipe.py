@@ -53,9 +53,9 @@ class Pretraining:
     """Everything that decides how the pretrained metanets come out.
 
     ``fractions``: shares of lineages for training, validation, calibration and test. ``components``: coordinates of
-    a descriptor. ``positives``: "instance" (views of a network alone) or "run". ``mixture``: weights of the encoder's
-    output and of the projected descriptor in a vector; 0 leaves one out. ``reference``: most networks that distances to
-    the training zoo are measured from.
+    a descriptor. ``positives``: "instance" (views of a network alone) or "run". ``mixtures``: weights of the encoder's
+    output and of the projected descriptor in a vector, 0 leaves one out; of several the one that finds most in the
+    validation part is taken. ``reference``: most networks that distances to the training zoo are measured from.
     """
 
     sources: tuple[Source, ...]
@@ -66,7 +66,7 @@ class Pretraining:
     components: int = 64
     positives: str = "instance"
     reference: int = 4000
-    mixture: tuple[float, float] = (1.0, 1.0)
+    mixtures: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
     seed: int = 0
 
 
@@ -84,11 +84,11 @@ def load(path: str | os.PathLike[str] = DEFAULT) -> Pretraining:
         )
         fractions = tuple(float(x) for x in table.pop("fractions", Pretraining.fractions))
         views = Views(**table.pop("views", {}))
-        code, place = (float(x) for x in table.pop("mixture", Pretraining.mixture))
+        mixtures = tuple((float(code), float(place)) for code, place in table.pop("mixtures", Pretraining.mixtures))
         found = Pretraining(
-            sources, encoder, accuracy, views=views, fractions=fractions, mixture=(code, place), **table
+            sources, encoder, accuracy, views=views, fractions=fractions, mixtures=mixtures, **table
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise MetanetError(f"{file}: {type(error).__name__}: {error}; compare it with {DEFAULT}") from error
     _check(found, file)
     return found
@@ -100,6 +100,8 @@ def _check(found: Pretraining, file: Path) -> None:
 
     if len(found.fractions) != 4 or min(found.fractions) <= 0 or sum(found.fractions) > 1 + 1e-9:
         raise wrong(f"fractions are {found.fractions}, expected four above 0 that add up to 1 at most")
+    if not found.mixtures or any(min(pair) < 0 or max(pair) <= 0 for pair in found.mixtures):
+        raise wrong(f"mixtures are {found.mixtures}, expected pairs of weights, none below 0 and one of each above")
     if found.positives not in ("instance", "run"):
         raise wrong(f"positives is {found.positives!r}, expected 'instance' or 'run'")
     if found.encoder.task != "contrastive" or found.accuracy.task != "regression":

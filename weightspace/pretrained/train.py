@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightspace.metanets.data import Sample
 from weightspace.metanets.training import Trained, fit
 from weightspace.pretrained.applicability import LEAST, Limits, Range
 from weightspace.pretrained.conformal import Conformal
-from weightspace.pretrained.evaluation import Inside
+from weightspace.pretrained.evaluation import Inside, mean_recalls
 from weightspace.pretrained.model import Projection, Seen, Shipped, mixed, see
 from weightspace.pretrained.networks import Population, at_canonical_points, with_views
 from weightspace.pretrained.recipe import Pretraining
 from weightspace.pretrained.views import described
+
+MOST = 200
+"""Validation networks that mixtures are compared on."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,10 +106,12 @@ def calibrated(recipe: Pretraining, found: Sequence[Population], encoder: Traine
 
     conformal = Conformal.fit(*missed("validation", checked), *missed("calibration", unseen))
     groups = [s.group for samples in parts["validation"].values() for s in samples]
-    mixture = _in_units(_joined(list(checked.values())), recipe.mixture, groups)
     model = Shipped(
-        "not saved yet", encoder, accuracy, projection, mixture, zone(list(known)), zone(classifiers), conformal
-    )
+        "not saved yet", encoder, accuracy, projection, recipe.mixtures[0], zone(list(known)), zone(classifiers),
+        conformal,
+    )  # fmt: skip
+    chosen = _chosen(recipe, model, [s for p in learning for s in p.validation])
+    model = replace(model, mixture=_in_units(_joined(list(checked.values())), chosen, groups))
     return Calibrated(model, known, unseen)
 
 
@@ -152,6 +158,16 @@ def rounded(trained: Trained) -> Trained:
 def _positives(recipe: Pretraining) -> Any:
     field = "instance" if recipe.positives == "instance" else "run"
     return lambda record: str(record.get(field) or record["instance"])
+
+
+def _chosen(recipe: Pretraining, model: Shipped, validation: Sequence[Sample]) -> tuple[float, float]:
+    """The mixture that finds most among networks of validation runs, on average over the questions."""
+    if len(recipe.mixtures) == 1:
+        return recipe.mixtures[0]
+    found = mean_recalls(model, validation, recipe.mixtures, MOST)
+    for pair, recall in zip(recipe.mixtures, found, strict=True):
+        _log.info("mixture %g : %g, mean recall@1 %.3f on validation runs", *pair, recall)
+    return recipe.mixtures[found.index(max(found))]
 
 
 def _joined(parts: Sequence[Seen]) -> Seen:
