@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import UnprovedWiringError, WiringError
-from weightspace.mergeability.protection import NEAR, Protection, examine
+from weightspace.mergeability.protection import NEAR, Protection, examine, nearest
 from weightspace.wiring.wiring import Permutation, Wiring, _act, _addresses, _joint
 
 Relation = Literal["same ancestor", "moved copy", "unrelated", "unknown"]
@@ -325,7 +325,7 @@ def _aligned_tail(
         apart = {
             n: wiring.apply(wiring.random(generator), {n: b[n]})[n] if n in wiring.layouts else b[n] for n in b
         }
-        near.append(examine(apart, a, wiring).nearest)
+        near.append(nearest(apart, a, wiring))
     return _tail(-aligned.nearest, -torch.tensor(near, dtype=torch.float64))[1]
 
 

@@ -197,6 +197,18 @@ def alike(model: Sequence[tuple[Tensor, Tensor]], reference: Sequence[tuple[Tens
     return torch.stack(found).mean(0)
 
 
+def products_apart(model: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> float:
+    """Squared distance between what the two sides compute together, relative to the reference's; no map changes it."""
+    (left, right), (left0, right0) = model, reference
+
+    def dot(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> float:
+        return float(((a @ c.transpose(-1, -2)) * (b @ d.transpose(-1, -2))).sum())
+
+    own = dot(left0, right0, left0, right0)
+    gap = dot(left, right, left, right) - 2 * dot(left, right, left0, right0) + own
+    return max(gap, 0.0) / own if own > 0 else 0.0
+
+
 def _side(wiring: Wiring, slot: Slot) -> Side:
     shape = wiring.shapes[slot.tensor]
     numbers = torch.arange(int(torch.Size(shape).numel())).reshape(shape)
@@ -210,4 +222,4 @@ def _side(wiring: Wiring, slot: Slot) -> Side:
     return Side(slot.tensor, slot.name, rows[order].reshape(groups, size, -1))
 
 
-__all__ = ["TOLERANCE", "Inner", "Side", "alike", "inner_factors", "random_maps", "solve"]
+__all__ = ["TOLERANCE", "Inner", "Side", "alike", "inner_factors", "products_apart", "random_maps", "solve"]

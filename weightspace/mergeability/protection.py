@@ -9,7 +9,8 @@ fine-tuned sibling) suffices to undo them:
 - *permutations* are found by weight matching on the least-norm representatives of both networks, heads by the cosine of
   what their two sides compute together, which no map inside the head changes;
 - *scales* and *signs* by comparing the least-norm representatives element by element;
-- *maps* inside heads by a Sylvester equation for each head (``weightspace.mergeability.linear``).
+- *maps* inside heads by a Sylvester equation for each head (``weightspace.mergeability.linear``). Channels permuted
+  inside heads are such maps, and are reported as such.
 
 A kind is reported when undoing it takes away most of the distance to the reference, more than its number of free
 parameters explains by chance. What is undone is proved by running the network before and after.
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import UnprovedWiringError, WeightspaceError
-from weightspace.mergeability.linear import Inner, alike, inner_factors, random_maps, solve
+from weightspace.mergeability.linear import Inner, alike, inner_factors, products_apart, random_maps, solve
 from weightspace.wiring.balance import balance
 from weightspace.wiring.matching import Matching, assign, float32, tensor_weights
 from weightspace.wiring.places import places
@@ -105,6 +106,7 @@ class Protection:
     error: float
     tensors: Mapping[str, Tensor] = field(repr=False)
     permutations: Permutation | None = field(default=None, repr=False)
+    weighed: tuple[Evidence, ...] = field(default=(), repr=False)
     seconds: float = 0.0
 
     @property
@@ -192,11 +194,14 @@ def _doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------ finding and undoing
 
 
-def examine(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring: Wiring) -> Protection:
+def examine(
+    model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring: Wiring, *, keep_all: bool = False
+) -> Protection:
     """Is a model a permuted, rescaled or mapped copy of a relative of the reference? And what is it without that?
 
     ``model`` and ``reference`` have the wiring's tensors; both are held in memory, in float64. A fine-tuned model is
-    brought near its base in the same way as an exact copy, as far as training left them alike.
+    brought near its base in the same way as an exact copy, as far as training left them alike. ``keep_all`` keeps what
+    was weighed and found too light as well.
 
     Raises ``UnprovedWiringError`` for a wiring that is not proved or has no network to run, because undoing a wrong
     symmetry would break the model.
@@ -210,11 +215,12 @@ def examine(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring
         )
     search = _Search(wiring, _doubles(reference))
     given = _doubles(model)
-    whole = search.plan(given)
-    full = search.undone(given, whole)
+    whole, full, nearest = search.best(given)
     before = after = search.distance(given)
-    nearest = search.distance(full)
-    evidence = tuple(search.evidence(given, whole, full)) if nearest <= NEAR else ()
+    weighed: tuple[Evidence, ...] = ()
+    if nearest <= NEAR and (keep_all or search.gains(given, full)):
+        weighed = tuple(search.evidence(given, whole, full))
+    evidence = tuple(e for e in weighed if e.explained >= EXPLAINED)
     kept = whole.only(evidence)
     result, error = dict(model), 0.0
     if kept.kinds:
@@ -227,8 +233,13 @@ def examine(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring
             kept, evidence, result, after = _Plan.empty(wiring), (), dict(model), before
     return Protection(
         kept.kinds, evidence, before, after, nearest, nearest <= NEAR, error, result,
-        kept.permutation if kept.kinds else None, time.perf_counter() - started,
+        kept.permutation if kept.kinds else None, weighed if keep_all else evidence, time.perf_counter() - started,
     )  # fmt: skip
+
+
+def nearest(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring: Wiring) -> float:
+    """How near a model comes to a reference with all undone that can be: ``Protection.nearest`` alone."""
+    return _Search(wiring, _doubles(reference)).best(_doubles(model))[2]
 
 
 def _error(wiring: Wiring, one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
@@ -283,6 +294,12 @@ class _Plan:
         )
 
 
+def _moving(permutation: Permutation) -> Permutation:
+    """Without the factors that stay."""
+    index = {f: p for f, p in permutation.index.items() if not bool((p == torch.arange(p.shape[-1])).all())}
+    return Permutation(index, permutation.factors)
+
+
 class _Search:
     """What is worked out of the wiring and the reference once."""
 
@@ -294,7 +311,7 @@ class _Search:
         self.inner_tensors = {t for i in self.inner for t in i.tensors}
         self.floats = [n for n in wiring.layouts if n in reference and reference[n].is_floating_point()]
         self.squares = {n: float(reference[n].square().sum()) for n in self.floats}
-        self.balanced = self.canonical(reference)
+        self.kept: dict[bool, dict[str, Tensor]] = {}
         self.shapes = [shape_of(wiring.factors, g.factor) for g in self.group.generators]
         self.flip_shapes = [shape_of(wiring.factors, f.factor) for f in self.group.flips]
 
@@ -322,14 +339,46 @@ class _Search:
 
     # ---------------------------------------------------------------- undoing
 
-    def plan(self, given: Mapping[str, Tensor]) -> _Plan:
-        """Everything that could be undone, whether anything speaks for it or not."""
-        permutation = self.permutation(given)
+    def best(self, given: Mapping[str, Tensor]) -> tuple[_Plan, dict[str, Tensor], float]:
+        """Everything that could be undone, whether anything speaks for it or not; the model then, and its distance.
+
+        Tried without any permutation, with one found on least norms, and where signs may flip with one found after
+        settling these as well; the nearest is mended by matching once more from there.
+        """
+        still = self.wiring.identity()
+        starts = [still, self.permutation(given, signs=False)]
+        if self.group.flips:
+            starts.append(self.permutation(given, signs=True))
+        best: tuple[_Plan, dict[str, Tensor], float] | None = None
+        for k, start in enumerate(starts):
+            if k and not start.index:
+                continue
+            tried = self.tried(given, start)
+            if best is None or tried[2] < best[2] - 1e-9:
+                best = tried
+        assert best is not None
+        movable = [f for f in self.wiring.free if f not in self.inner_names]
+        for _ in range(3):
+            move = self.matched(best[1], self.reference, self.floats, movable, restart=False)
+            tried = self.tried(given, _moving(best[0].permutation.compose(move)))
+            if tried[2] >= best[2] - 1e-6:
+                break
+            best = tried
+        return best
+
+    def tried(self, given: Mapping[str, Tensor], permutation: Permutation) -> tuple[_Plan, dict[str, Tensor], float]:
         now = self.permuted(given, permutation)
         logs = self.logs(now)
-        now = self.rescaled(now, logs, {})
-        flips = self.flips(now)
-        return _Plan(permutation, logs, flips, tuple(i.factor for i in self.inner))
+        flips = self.flips(self.rescaled(now, logs, {}))
+        plan = _Plan(permutation, logs, flips, tuple(i.factor for i in self.inner))
+        full = self.undone(given, plan)
+        return plan, full, self.distance(full)
+
+    def gains(self, given: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> bool:
+        """Does undoing bring any tensor much nearer? Without that there is nothing to weigh."""
+        return any(
+            self.squared(full, [n]) < (1 - EXPLAINED / 2) * self.squared(given, [n]) for n in self.floats
+        )
 
     def undone(self, given: Mapping[str, Tensor], plan: _Plan) -> dict[str, Tensor]:
         now = self.rescaled(self.permuted(given, plan.permutation), plan.logs, plan.flips)
@@ -367,14 +416,14 @@ class _Search:
 
     # ---------------------------------------------------------------- permutations
 
-    def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.group.generators and not self.group.flips:
+    def canonical(self, tensors: Mapping[str, Tensor], signs: bool) -> dict[str, Tensor]:
+        if not self.group.generators and not (self.group.flips and signs):
             return dict(tensors)
-        return self.group.canonical(tensors, tolerance=1e-8, max_sweeps=30)
+        return self.group.canonical(tensors, tolerance=1e-8, max_sweeps=30, signs=signs)
 
-    def permutation(self, given: Mapping[str, Tensor], rounds: int = 4) -> Permutation:
+    def permutation(self, given: Mapping[str, Tensor], signs: bool, rounds: int = 4) -> Permutation:
         """Brings the model next to the reference: heads by what they compute, all else by weight matching."""
-        found, now = self.wiring.identity(), self.canonical(given)
+        found, now, fixed = self.wiring.identity(), self.canonical(given, signs), self.balanced(signs)
         outer = {o for i in self.inner for o in self.wiring.factors[i.factor].over}
         movable = [f for f in self.wiring.free if f not in self.inner_names]
         # What maps are inside heads says nothing of the other axes before the maps are known.
@@ -383,25 +432,30 @@ class _Search:
             names = [n for n in self.floats if n not in self.inner_tensors]
             factors = [f for f in movable if f not in outer]
         for step in range(rounds):
-            move = self.matched(now, names, factors, restart=not step)
+            move = self.matched(now, fixed, names, factors, restart=not step)
             now, found = self.permuted(now, move), found.compose(move)
             if not self.inner:
                 break
-            heads = self.heads(now)
+            heads = self.heads(now, fixed)
             now, found = self.permuted(now, heads), found.compose(heads)
             if step and move.is_identity and heads.is_identity:
                 break
             # With the maps undone for the time being, the tensors of attention have a say as well.
-            now = self.unmapped(now, self.balanced, self.inner_names)
+            now = self.unmapped(now, fixed, self.inner_names)
             names, factors = self.floats, movable
-        return Permutation(
-            {f: p for f, p in found.index.items() if not bool((p == torch.arange(p.shape[-1])).all())}, found.factors
-        )
+        return _moving(found)
+
+    def balanced(self, signs: bool) -> dict[str, Tensor]:
+        """The reference's representative, worked out once."""
+        if signs not in self.kept:
+            self.kept[signs] = self.canonical(self.reference, signs)
+        return self.kept[signs]
 
     def matched(
-        self, now: Mapping[str, Tensor], names: Sequence[str], factors: Sequence[str], restart: bool
-    ) -> Permutation:
-        fixed, moving = float32(self.balanced), float32(now)
+        self, now: Mapping[str, Tensor], toward: Mapping[str, Tensor], names: Sequence[str], factors: Sequence[str],
+        restart: bool,
+    ) -> Permutation:  # fmt: skip
+        fixed, moving = float32(toward), float32(now)
         held = tensor_weights(self.wiring, fixed, moving, "rms")
         weights = {n: w for n, w in held.items() if n in set(names)}
         best: Matching | None = None
@@ -415,7 +469,7 @@ class _Search:
         assert best is not None
         return best.permutation
 
-    def heads(self, now: Mapping[str, Tensor]) -> Permutation:
+    def heads(self, now: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> Permutation:
         """The permutation of the factors over which maps are fibred, where that is one factor alone."""
         over: dict[str, list[Inner]] = {}
         for i in self.inner:
@@ -424,7 +478,7 @@ class _Search:
                 over.setdefault(outer[0], []).append(i)
         index = {}
         for name, inners in over.items():
-            score = alike([i.read(now) for i in inners], [i.read(self.balanced) for i in inners])
+            score = alike([i.read(now) for i in inners], [i.read(fixed) for i in inners])
             columns = assign(score)
             still = torch.arange(len(columns))
             gain = float(score[still, columns].sum() - score.diagonal().sum())
@@ -472,13 +526,12 @@ class _Search:
 
     def evidence(self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]) -> list[Evidence]:
         """Everything is undone but one thing: does that leave the model far from the reference?"""
-        rows = [
+        return [
             *self._permutations(given, whole, full),
             *self._scales(given, whole, full),
             *self._signs(given, whole, full),
             *self._maps(given, whole, full),
         ]
-        return [e for e in rows if e.explained >= EXPLAINED]
 
     def _permutations(
         self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]
@@ -531,10 +584,10 @@ class _Search:
     def _maps(self, given: Mapping[str, Tensor], whole: _Plan, full: Mapping[str, Tensor]) -> Iterable[Evidence]:
         for i in self.inner:
             left = self.undone(given, replace(whole, maps=tuple(f for f in whole.maps if f != i.factor)))
-            entries = sum(s.index.numel() for s in (*i.left, *i.right))
-            chance = min(0.75, i.groups * i.size**2 / max(entries, 1))
             before, after = (self._sides(i, t) for t in (left, full))
-            yield Evidence("maps", i.factor, 0, i.groups * i.size, i.groups * i.size, before, after, chance)
+            # Training moves what the sides compute as much as the sides; a map moves the sides alone.
+            after = max(after, products_apart(i.read(left), i.read(self.reference)))
+            yield Evidence("maps", i.factor, 0, i.groups * i.size, i.groups * i.size, before, after, 0.0)
 
     def _sides(self, inner: Inner, tensors: Mapping[str, Tensor]) -> float:
         ours, theirs = inner.read(tensors), inner.read(self.reference)
@@ -542,4 +595,4 @@ class _Search:
         return apart / (sum(float(b.square().sum()) for b in theirs) or 1.0)
 
 
-__all__ = ["EXPLAINED", "KINDS", "NEAR", "TOLERANCE", "Evidence", "Kind", "Protection", "examine", "protect"]
+__all__ = ["EXPLAINED", "KINDS", "NEAR", "TOLERANCE", "Evidence", "Kind", "Protection", "examine", "nearest", "protect"]
