@@ -23,6 +23,7 @@ from weightspace.merge.methods.knots import adapted
 from weightspace.merge.methods.twin import experts, with_experts
 from weightspace.merge.methods.wudi import as_matrices, from_matrix
 from weightspace.zoo.description import module_of
+from weightspace.zoo.files import save_network
 
 State = dict[str, Tensor]
 
@@ -429,13 +430,65 @@ def test_knots_of_a_linear_method_is_that_method() -> None:
         ws.merge(states, Knots("fisher", {}), base=base)
 
 
+# ------------------------------------------------------------------------------------ alignment
+
+
+def test_ot_fusion_undoes_a_permutation(perceptron: tuple[nn.Module, Any]) -> None:
+    module, wiring = perceptron
+    _, (state,) = drawn(module, 1)
+    other = wiring.apply(wiring.random(3), state)
+    x = torch.randn(50, 5)
+    for more in ({}, {"data": x}, {"data": [x, MergeData(x + 0)]}):
+        merged = ws.merge([state, other], "ot-fusion", wiring=wiring, weights=[1.0, 3.0], **more).tensors
+        assert merged is not None
+        assert all(near(merged[n], state[n]) for n in state)
+
+
+def test_ot_fusion_of_other_widths(tmp_path: Path) -> None:
+    pytest.importorskip("ot")
+    described = {"kind": "mlp", "input": [4], "classes": 3, "activation": "relu"}
+    x = torch.randn(200, 4)
+    states = []
+    for i, widths in enumerate(([6, 5], [12, 10])):
+        network = {**described, "widths": widths}
+        module, _ = module_of(network)
+        save_network(module.state_dict(), {"network": network, "run": str(i)}, tmp_path / f"{i}.safetensors")
+        states.append(module)
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    merged = ws.merge(paths, "ot-fusion", data=x, weights=[0.0, 1.0]).tensors
+    assert merged is not None
+    assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in states[0].state_dict().items()}
+    # Carried to half the width, the second network still resembles itself more than the first does.
+    out = torch.func.functional_call(states[0], merged, (x,))
+    assert (out - states[1](x)).square().mean() < (states[0](x) - states[1](x)).square().mean()
+
+
+def test_pleas_of_two_copies_and_wider(perceptron: tuple[nn.Module, Any]) -> None:
+    module, wiring = perceptron
+    _, (state, second) = drawn(module, 2)
+    other = wiring.apply(wiring.random(3), state)
+    x = torch.randn(300, 5)
+    merged = ws.merge([state, other], "pleas", wiring=wiring, data=x).tensors
+    assert merged is not None
+    assert near(wiring.program.run(merged, x), wiring.program.run(state, x), 1e-2)
+    wide = ws.merge([state, second], "pleas", wiring=wiring, data=x, ratio=0.5)
+    assert wide.tensors is not None
+    assert wide.tensors["0.weight"].shape == (12, 5)
+    assert wide.report["0.weight"].shape == (12, 5)
+    assert wiring.program.run(wide.tensors, x).shape == (300, 6)
+    with pytest.raises(MergeError, match="same weight"):
+        ws.merge([state, other], "pleas", wiring=wiring, data=x, weights=[1.0, 2.0])
+    with pytest.raises(MergeError, match="merges 2 models"):
+        ws.merge([state] * 3, "pleas", wiring=wiring, data=x)
+
+
 # ------------------------------------------------------------------------------------ all
 
 
 @pytest.mark.parametrize(
     ("method", "hyper"),
-    [("fisher", {}), ("regmean", {}), ("wudi", {"steps": 0}), ("twin-merging", {"expert": 1, "rank": 1.0}),
-     ("knots", {"options": {"density": 1.0, "scale": 1.0}})],
+    [("fisher", {}), ("regmean", {}), ("ot-fusion", {}), ("wudi", {"steps": 0}),
+     ("twin-merging", {"expert": 1, "rank": 1.0}), ("knots", {"options": {"density": 1.0, "scale": 1.0}})],
 )  # fmt: skip
 def test_of_one_and_the_same_model_comes_that_model(
     method: str, hyper: dict[str, Any], perceptron: tuple[nn.Module, Any]

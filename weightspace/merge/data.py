@@ -113,6 +113,22 @@ def entries(models: Models) -> tuple[MergeData, ...]:
     return (_entry(given),) * count
 
 
+def joined(models: Models) -> tuple[Any, ...]:
+    """The inputs of all models' data as one: positional arguments of the network. Raises `MergeError` for others."""
+    found = list(dict.fromkeys(entries(models)))
+    if any(d.kwargs or len(d.args) != len(found[0].args) for d in found):
+        raise MergeError("inputs by position are needed, of one form: a tensor, or MergeData((first, second, …))")
+    if len(found) == 1:
+        return found[0].args
+    counts = [len(d) for d in found]
+
+    def along(parts: tuple[Any, ...]) -> Any:
+        cut = [isinstance(p, Tensor) and p.dim() > 0 and len(p) == n for p, n in zip(parts, counts, strict=True)]
+        return torch.cat(parts) if all(cut) else parts[0]
+
+    return tuple(along(parts) for parts in zip(*(d.args for d in found), strict=True))
+
+
 def _is_pair(item: tuple[Any, ...]) -> bool:
     return len(item) == 2 and all(isinstance(t, Tensor) for t in item) and not item[1].is_floating_point()
 
@@ -229,4 +245,4 @@ def owned(tensors: Sequence[Tensor], weights: Sequence[float], others: Sequence[
     return torch.where(below > 0, above / below.clamp(min=1e-12), plain)
 
 
-__all__ = ["MergeData", "Network", "entries", "foreign", "owned"]
+__all__ = ["MergeData", "Network", "entries", "foreign", "joined", "owned"]

@@ -25,6 +25,8 @@ _CLASSES: dict[str, tuple[str, str]] = {
     "twin-merging": ("twin", "Twin"),
     "widen": ("widen", "Widen"),
     "knots": ("knots", "Knots"),
+    "ot-fusion": ("ot_fusion", "OtFusion"),
+    "pleas": ("pleas", "Pleas"),
     "dare": ("dare", "Dare"),
     "breadcrumbs": ("breadcrumbs", "Breadcrumbs"),
     "della": ("della", "Della"),
