@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,8 +80,8 @@ def test_data_of_every_model(perceptron: tuple[nn.Module, Any]) -> None:
     module, wiring = perceptron
     states = [dict(module.state_dict())] * 2
     x, y = torch.randn(6, 5), torch.zeros(6, dtype=torch.long)
-    for given in (x, (x, y), [x, (x, y)], [MergeData(x), {"input": x}]):
-        assert [len(d) for d in entries(models_of(wiring, states, given))] == [6, 6]
+    for data in (x, (x, y), [x, (x, y)], [MergeData(x), {"input": x}]):
+        assert [len(d) for d in entries(models_of(wiring, states, data))] == [6, 6]
     assert entries(models_of(wiring, states, (x, y)))[1].y is not None
     assert entries(models_of(wiring, states, (x, torch.randn(6, 5))))[1].y is None
     with pytest.raises(MergeError, match="3 entries for 2 models"):
@@ -499,6 +501,37 @@ def test_of_one_and_the_same_model_comes_that_model(
     merged = ws.merge([state] * 3, method, base=base, wiring=wiring, **more, **hyper).tensors
     assert merged is not None
     assert all(near(merged[n], state[n], 1e-4) for n in state)
+
+
+SYMMETRIC: dict[str, dict[str, Any]] = {
+    "fisher": {"labels": "expected"}, "regmean": {}, "adamerging": {"steps": 3, "rate": 0.01}, "wudi": {"steps": 5},
+    "doge": {"steps": 5}, "widen": {}, "twin-merging": {"rank": 0.4}, "knots": {}, "ot-fusion": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SYMMETRIC)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_neurons_and_models_may_come_in_any_order(method: str, seed: int, perceptron: tuple[nn.Module, Any]) -> None:
+    module, wiring = perceptron
+    torch.manual_seed(seed)
+    base, states = drawn(module, 3, 0.05)
+    needs = method in ("fisher", "regmean", "adamerging")
+    data: Any = [torch.randn(24, 5) for _ in states] if needs else None
+    how = {"wiring": wiring, **SYMMETRIC[method]}
+    plain = ws.merge(states, method, base=base, data=data, **how).tensors
+    moved = wiring.random(seed)
+    turned = ws.merge(
+        [wiring.apply(moved, s) for s in states], method, base=wiring.apply(moved, base), data=data, **how
+    ).tensors
+    assert plain is not None
+    assert turned is not None
+    wanted = wiring.apply(moved, plain)
+    assert all(near(turned[n], wanted[n], 1e-3) for n in wanted)
+    if method not in ("adamerging", "ot-fusion"):  # other draws of batches; the first model's neurons
+        again = ws.merge(states[::-1], method, base=base, data=data[::-1] if needs else None, **how).tensors
+        assert again is not None
+        assert all(near(again[n], plain[n], 1e-3) for n in plain)
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging", "concrete", "wudi", "doge", "widen", "knots"])
