@@ -4,14 +4,17 @@
 
 Each argument is a population's folder, named after its recipe (``weightspace zoo build`` makes them). Of populations
 that the shipped metanets learned from, the runs of their test part are asked, by the split of ``recipe.toml``; of any
-other all. Prints Markdown tables: retrieval, intervals of the predicted accuracy, and applicability.
+other all. Prints Markdown tables: retrieval, intervals of the predicted accuracy, and applicability. ``--seconds``
+prints instead what reading with them adds to the time that the index takes for a file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,12 +47,38 @@ def pools(folders: list[Path]) -> tuple[dict[str, list[Sample]], dict[str, list[
     return tests, held
 
 
+def seconds(folder: Path, files: int = 40, repeats: int = 3) -> str:
+    """Processor time per model of a folder in the index, without and with the pretrained metanets; least of some."""
+    from weightspace.zoo.examine import describe_model, models_in
+
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    paths = paths[:: max(1, len(paths) // files)]
+    least = {False: math.inf, True: math.inf}
+    for _ in range(1 + repeats):  # the first warms up
+        for read in least:
+            started, count = time.process_time(), 0
+            for path in paths:
+                for opened, name in models_in(path, path.name):
+                    describe_model(opened, name, path.name, "", read=read)
+                    count += 1
+            least[read] = min(least[read], (time.process_time() - started) / count)
+    return (
+        f"{folder.name}: {count} models, {1000 * least[False]:.1f} ms each to open, wire and describe, "
+        f"{1000 * least[True]:.1f} ms with the pretrained metanets"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", action="store_true", help="time alone: of opening, wiring, describing, reading")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.seconds:
+        for folder in arguments.folders:
+            print(seconds(folder))
+        return 0
     model = shipped()
     tests, held = pools(arguments.folders)
     joined = {"held-out runs": [s for part in tests.values() for s in part]} if tests else {}
