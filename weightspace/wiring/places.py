@@ -30,6 +30,8 @@ class Place:
     others: tuple[str, ...]
     repeated: bool
     dims: tuple[int, ...]
+    # Which of the blocks that tile these dims.
+    block: int
     positions: tuple[Tensor | None, ...] = field(repr=False)
     sizes: tuple[tuple[int, ...], ...] = field(repr=False)
     front: tuple[int, ...] = field(repr=False)
@@ -78,30 +80,38 @@ def places(wiring: Wiring) -> dict[str, tuple[Place, ...]]:
     known = wiring.kept.get("places")
     if isinstance(known, dict):
         return known
-    free = wiring.free
-    found: dict[str, list[Place]] = {name: [] for name in free}
-    for tensor, layout in wiring.layouts.items():
-        shape = wiring.shapes[tensor]
-        if prod(shape) == 0:
-            continue
-        here: list[tuple[str, tuple[int, ...], Block, tuple[int, int]]] = []
-        for dims, blocks in _joint(layout, wiring.factors):
-            for block in blocks:
-                here += [
-                    (f, dims, block, (d, k)) for d, s in enumerate(block) for k, f in enumerate(s.factors) if f in free
-                ]
-        names = [f for f, _, _, _ in here]
-        for f, dims, block, which in here:
-            others = tuple(n for n in dict.fromkeys(names) if n != f and free[n].size > 1)
-            found[f].append(_place(f, tensor, others, _repeats(f, here), shape, dims, block, which, free))
-    result = {name: tuple(row) for name, row in found.items()}
+    result = places_of(wiring, wiring.free)
     wiring.kept["places"] = result
     return result
 
 
-def _repeats(factor: str, here: list[tuple[str, tuple[int, ...], Block, tuple[int, int]]]) -> bool:
+def places_of(wiring: Wiring, factors: Mapping[str, Factor]) -> dict[str, tuple[Place, ...]]:
+    """The places of the given factors; ``over`` may name others than the wiring's, which have to lie in every block."""
+    found: dict[str, list[Place]] = {name: [] for name in factors}
+    for tensor, layout in wiring.layouts.items():
+        shape = wiring.shapes[tensor]
+        if prod(shape) == 0:
+            continue
+        here: list[_Spot] = []
+        for dims, blocks in _joint(layout, wiring.factors):
+            for number, block in enumerate(blocks):
+                rows = ((d, k, f) for d, s in enumerate(block) for k, f in enumerate(s.factors))
+                here += [(f, dims, block, (d, k), number) for d, k, f in rows if f in factors]
+        names = [spot[0] for spot in here]
+        for f, dims, block, which, number in here:
+            others = tuple(n for n in dict.fromkeys(names) if n != f and factors[n].size > 1)
+            repeated = _repeats(f, here)
+            found[f].append(_place(f, tensor, others, repeated, shape, dims, block, which, number, factors[f].over))
+    return {name: tuple(row) for name, row in found.items()}
+
+
+# A factor, the dims and the block it is in, which segment and factor there, and the block's number.
+_Spot = tuple[str, tuple[int, ...], Block, tuple[int, int], int]
+
+
+def _repeats(factor: str, here: list[_Spot]) -> bool:
     """Whether one occurrence shares entries of the tensor with another: not so for segments laid end to end."""
-    mine = [(dims, block, d) for f, dims, block, (d, _) in here if f == factor]
+    mine = [(dims, block, which[0]) for f, dims, block, which, _ in here if f == factor]
     for i, (dims, block, d) in enumerate(mine):
         for other_dims, other_block, e in mine[i + 1 :]:
             if dims != other_dims or d != e or block is other_block:
@@ -111,7 +121,7 @@ def _repeats(factor: str, here: list[tuple[str, tuple[int, ...], Block, tuple[in
 
 def _place(
     factor: str, tensor: str, others: tuple[str, ...], repeated: bool, shape: tuple[int, ...], dims: tuple[int, ...],
-    block: Block, which: tuple[int, int], free: Mapping[str, Factor],
+    block: Block, which: tuple[int, int], number: int, over: tuple[str, ...],
 ) -> Place:  # fmt: skip
     positions: list[Tensor | None] = []
     for dim, segment in zip(dims, block, strict=True):
@@ -128,10 +138,10 @@ def _place(
         at_dim += len(sizes[dims.index(dim)]) if dim in dims else 1
     numbers = {(d, k): starts[dims[d]] + k for d, s in enumerate(block) for k in range(len(s.factors))}
     front = []
-    for outer in free[factor].over:
+    for outer in over:
         held = [(d, k) for d, s in enumerate(block) for k, f in enumerate(s.factors) if f == outer]
         # One in the same dim is meant before one of that name elsewhere.
         near = [at for at in held if at[0] == which[0]]
         front.append(numbers[(near or held)[0]])
     front.append(numbers[which])
-    return Place(factor, tensor, others, repeated, dims, tuple(positions), sizes, tuple(front))
+    return Place(factor, tensor, others, repeated, dims, number, tuple(positions), sizes, tuple(front))
