@@ -80,10 +80,17 @@ def sinkhorn(
 
 def balanced(scores: Tensor, iterations: int) -> Tensor:
     """Doubly stochastic matrices ``(…, n, n)`` from scores: rows and columns of the exponentials made to sum to 1."""
-    for _ in range(iterations):
-        scores = scores - scores.logsumexp(-1, keepdim=True)
-        scores = scores - scores.logsumexp(-2, keepdim=True)
-    return scores.exp()
+    # One round on logarithms keeps the exponentials in range; the others are products of a matrix and a vector.
+    wide = scores.double()
+    wide = wide - wide.logsumexp(-1, keepdim=True)
+    kernel = (wide - wide.logsumexp(-2, keepdim=True)).exp()
+    columns = torch.ones_like(kernel[..., :1, :])
+    rows = columns.transpose(-1, -2)
+    for _ in range(iterations - 1):
+        rows = 1 / (kernel @ columns.transpose(-1, -2)).clamp_min(1e-200)
+        columns = 1 / (rows.transpose(-1, -2) @ kernel).clamp_min(1e-200)
+    found: Tensor = (rows * kernel * columns).to(scores.dtype)
+    return found
 
 
 __all__ = ["balanced", "sinkhorn"]
