@@ -21,7 +21,7 @@ from weightspace.merge.data import Network, entries, foreign
 from weightspace.merge.method import Models
 from weightspace.merge.methods.adamerging import entropy
 from weightspace.merge.methods.fisher import information
-from weightspace.merge.methods.knots import adapted
+from weightspace.merge.methods.knots import adapted, basis
 from weightspace.merge.methods.twin import experts, with_experts
 from weightspace.merge.methods.wudi import as_matrices, from_matrix
 from weightspace.zoo.description import module_of
@@ -415,6 +415,17 @@ def test_knots_of_adapters_keep_their_rank(tmp_path: Path) -> None:
     assert ties is not None
     assert int(torch.linalg.matrix_rank(merged[name] - wide[name], atol=1e-3)) <= 6
     assert int(torch.linalg.matrix_rank(ties[name] - wide[name], atol=1e-3)) > 6
+
+
+@pytest.mark.parametrize("rows", [6, 50])
+def test_the_basis_of_knots_is_that_of_the_joined_changes(rows: int) -> None:
+    tau = [torch.randn(rows, 2) @ torch.randn(2, 8) for _ in range(3)]
+    u, parts = basis(tau, 1e-5)
+    s = torch.linalg.svdvals(torch.cat(tau, 1))[:6]
+    assert u.shape == (rows, 6)
+    assert near(u.T @ u, torch.eye(6))
+    assert near(torch.cat(parts, 1).norm(dim=1), s, 1e-4)
+    assert all(near(u @ p, t, 1e-4) for p, t in zip(parts, tau, strict=True))
 
 
 def test_knots_of_a_linear_method_is_that_method() -> None:

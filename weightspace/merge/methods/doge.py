@@ -73,10 +73,11 @@ class Doge(Prepared):
         rate = self.rate * (float(tau.square().mean()) ** 0.5 if self.relative else 1.0)
         optimiser = torch.optim.Adam([delta], lr=rate)
         total, mixed, own = scales.sum(), torch.tensordot(scales, tau, 1), tau.square().sum(2)
+        rows = tau.transpose(0, 1).contiguous()
         for _ in range(self.steps):
-            # Row by row ⟨τⱼ, Σ λ(τ + Δ) − τⱼ⟩: (models, outputs).
-            residual = torch.einsum("moi,oi->mo", tau, mixed + total * delta) - own
-            gradient = 2 * total * torch.einsum("mo,moi->oi", residual, tau)
+            # Row by row ⟨τⱼ, Σ λ(τ + Δ) − τⱼ⟩: (outputs, models).
+            residual = torch.bmm(rows, (mixed + total * delta).unsqueeze(2)).squeeze(2) - own.T
+            gradient = 2 * total * torch.bmm(residual.unsqueeze(1), rows).squeeze(1)
             delta.grad = gradient - basis @ (basis.T @ gradient)
             optimiser.step()
         return delta

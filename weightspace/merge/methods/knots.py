@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from weightspace.errors import MergeError
-from weightspace.merge.method import Merger, Models, Prepared, Tensor, TwoPass
+from weightspace.merge.method import Merger, Models, Prepared, Tensor, TwoPass, in_range
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
@@ -25,7 +25,8 @@ class Knots(Prepared):
     are merged as they are. Methods that are linear in the task vectors are not changed by it.
 
     Models are whole ones of which the changes have a low rank: `adapted` gives them from PEFT folders and their base
-    without loss. ``tolerance``: singular values below this share of the largest are dropped.
+    without loss. ``tolerance``: singular values below this share of the largest are dropped (at least 1e-7, what is left
+    of the precision of their squares).
 
     ``method`` and ``options``: a method without data and its hyper-parameters (TIES by default, with density 0.2 and
     scale 0.6 as in the paper's vision experiments).
@@ -42,6 +43,7 @@ class Knots(Prepared):
     def check(self, count: int) -> None:
         from weightspace.merge.methods import make
 
+        in_range(self.tolerance, 1e-7, 1, "tolerance")
         inner = make(self.method, **self.options)
         if isinstance(inner, Prepared):
             raise MergeError(f"knots merges inside a basis with methods that need tensors alone; {inner.name} does not")
@@ -71,11 +73,16 @@ class Knots(Prepared):
 
 def basis(tau: Sequence[Tensor], tolerance: float) -> tuple[Tensor, list[Tensor]]:
     """U (outputs, k) and the Σ Vᵢᵀ (k, rest) of changes (outputs, …): τᵢ = U Σ Vᵢᵀ up to ``tolerance``."""
-    joined = torch.cat([t.flatten(1) for t in tau], 1).to(torch.float64)
-    u, s, v = torch.linalg.svd(joined, full_matrices=False)
-    kept = s > s[0] * tolerance
-    parts = (s[kept, None] * v[kept]).to(tau[0]).split(tau[0].flatten(1).shape[1], 1)
-    return u[:, kept].to(tau[0]), [p.contiguous() for p in parts]
+    wide = [t.flatten(1).to(torch.float64) for t in tau]
+    rows, columns = len(wide[0]), sum(w.shape[1] for w in wide)
+    if rows <= columns:
+        # From the (outputs, outputs) second moments, which are much smaller than everything side by side.
+        squares, u = torch.linalg.eigh(sum((w @ w.T for w in wide), torch.zeros((), dtype=torch.float64)))
+        u, s = u.flip(1), squares.clamp(min=0).sqrt().flip(0)
+    else:
+        u, s, _ = torch.linalg.svd(torch.cat(wide, 1), full_matrices=False)
+    u = u[:, s > s[0] * tolerance]
+    return u.to(tau[0]), [(u.T @ w).to(tau[0]) for w in wide]
 
 
 def adapted(adapters: Sequence[Any], base: Any) -> list[Checkpoint]:
