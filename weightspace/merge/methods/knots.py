@@ -25,8 +25,8 @@ class Knots(Prepared):
     are merged as they are. Methods that are linear in the task vectors are not changed by it.
 
     Models are whole ones of which the changes have a low rank: `adapted` gives them from PEFT folders and their base
-    without loss. ``tolerance``: singular values below this share of the largest are dropped (at least 1e-7, what is left
-    of the precision of their squares).
+    without loss. ``tolerance``: singular values below this share of the largest are dropped (at least 1e-7, as precise
+    as their squares allow).
 
     ``method`` and ``options``: a method without data and its hyper-parameters (TIES by default, with density 0.2 and
     scale 0.6 as in the paper's vision experiments).
