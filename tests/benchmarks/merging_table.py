@@ -97,8 +97,8 @@ ENTRIES: dict[str, Entry] = {
     "adamerging, layer": Entry("adamerging", FEW, data=True),
     "adamerging, task": Entry("adamerging", {**FEW, "by": "task"}, data=True),
     "adamerging++, layer": Entry("adamerging", {**FEW, "density": 0.2}, data=True),
-    "concrete": Entry("concrete", {**FEW, "rate": 0.05}, data=True),
-    "concrete, adapting": Entry("concrete", {**FEW, "rate": 0.05, "adapt": True, "adapt_rate": 0.005}, data=True),
+    "concrete": Entry("concrete", {**FEW, "rate": 0.02}, data=True),
+    "concrete, adapting": Entry("concrete", {**FEW, "rate": 0.02, "adapt": True, "adapt_rate": 0.005}, data=True),
     "tall-masks †": Entry("tall-masks", {}, "strictness", (0.2, 0.4, 0.6), per_task="task"),
     "twin-merging, experts †": Entry("twin-merging", {}, "scale", (0.1, 0.2, 0.3), per_task="expert"),
 }  # fmt: skip

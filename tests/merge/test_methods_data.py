@@ -204,6 +204,30 @@ def test_fisher_of_a_text_network_with_inputs_by_name() -> None:
     assert not near(one["token.weight"], (states[0]["token.weight"] + states[1]["token.weight"]) / 2)
 
 
+@pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging"])
+def test_networks_of_transformers_take_inputs_by_name_or_in_order(method: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    paths = []
+    for i in range(3):
+        torch.manual_seed(i)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / str(i))
+        paths.append(tmp_path / str(i))
+    x = torch.randint(0, 50, (6, 9))
+    hyper = {"steps": 2, "rate": 0.1} if method == "adamerging" else {}
+    given: tuple[Any, ...] = (x, {"input_ids": x})
+    one, two = (ws.merge(paths[:2], method, base=paths[2], data=data, **hyper).tensors for data in given)
+    assert one is not None
+    assert two is not None
+    assert all(near(one[n], two[n]) for n in one)
+    states = [ws.open(p) for p in paths[:2]]
+    name = next(n for n in one if n.endswith("down_proj.weight"))
+    assert not near(one[name], (states[0][name] + states[1][name]) / 2, 1e-3)
+
+
 # ------------------------------------------------------------------------------------ RegMean
 
 

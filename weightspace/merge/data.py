@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 from weightspace.errors import MergeError
 from weightspace.merge.method import Models
 from weightspace.wiring.program import Program
+
+if TYPE_CHECKING:
+    from weightspace.wiring.wiring import Wiring
 
 Tensor = torch.Tensor
 
@@ -113,20 +116,59 @@ def entries(models: Models) -> tuple[MergeData, ...]:
     return (_entry(given),) * count
 
 
-def joined(models: Models) -> tuple[Any, ...]:
-    """The inputs of all models' data as one: positional arguments of the network. Raises `MergeError` for others."""
+def joined(models: Models) -> MergeData:
+    """The inputs of all models' data as one. Raises `MergeError` where they are of different forms."""
     found = list(dict.fromkeys(entries(models)))
-    if any(d.kwargs or len(d.args) != len(found[0].args) for d in found):
-        raise MergeError("inputs by position are needed, of one form: a tensor, or MergeData((first, second, …))")
     if len(found) == 1:
-        return found[0].args
+        return found[0]
+    if any(len(d.args) != len(found[0].args) or set(d.kwargs) != set(found[0].kwargs) for d in found):
+        raise MergeError("the models' data are put together, so their inputs have to be of one form")
     counts = [len(d) for d in found]
 
-    def along(parts: tuple[Any, ...]) -> Any:
+    def along(parts: Sequence[Any]) -> Any:
         cut = [isinstance(p, Tensor) and p.dim() > 0 and len(p) == n for p, n in zip(parts, counts, strict=True)]
-        return torch.cat(parts) if all(cut) else parts[0]
+        return torch.cat(list(parts)) if all(cut) else parts[0]
 
-    return tuple(along(parts) for parts in zip(*(d.args for d in found), strict=True))
+    if found[0].kwargs:
+        return MergeData({k: along([d.kwargs[k] for d in found]) for k in found[0].kwargs})
+    return MergeData(tuple(along(parts) for parts in zip(*(d.args for d in found), strict=True)))
+
+
+def arguments(program: Program, data: MergeData) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a program is run with: the data, and of its example's keyword arguments those that are no tensors.
+
+    Inputs by position for a network whose example has them by name take these names in order. Floating-point inputs
+    become float32. Raises `MergeError` for more inputs than the network has names for.
+    """
+    args, kwargs = data.args, data.kwargs
+    names = [k for k, v in program.kwargs.items() if isinstance(v, Tensor)]
+    if args and names and not program.args:
+        if len(args) > len(names):
+            raise MergeError(f"{len(args)} inputs were given; the network was wired with {', '.join(names)}")
+        args, kwargs = (), dict(zip(names, args, strict=False))
+    fixed = {k: v for k, v in program.kwargs.items() if not isinstance(v, Tensor)}
+    return tuple(map(_input, args)), {**fixed, **{k: _input(v) for k, v in kwargs.items()}}
+
+
+def by_position(wiring: Wiring, data: MergeData) -> tuple[Wiring, tuple[Any, ...]]:
+    """The wiring with a program that takes all inputs by position, and the inputs."""
+    program = wiring.program
+    if program is None or not (program.kwargs or data.kwargs):
+        return wiring, tuple(map(_input, data.args))
+    args, kwargs = arguments(program, data)
+    names = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
+    fixed = {k: v for k, v in kwargs.items() if k not in names}
+    count, whole = len(args), program.run
+
+    def run(tensors: Mapping[str, Tensor], *given: Any) -> Any:
+        return whole(tensors, *given[:count], **dict(zip(names, given[count:], strict=True)), **fixed)
+
+    inputs = (*args, *(kwargs[n] for n in names))
+    return wiring.with_(program=replace(program, run=run, args=inputs, kwargs={})), inputs
+
+
+def _input(value: Any) -> Any:
+    return value.to(torch.float32) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _is_pair(item: tuple[Any, ...]) -> bool:
@@ -174,9 +216,9 @@ class Network:
     def outputs(self, tensors: Mapping[str, Tensor], data: MergeData) -> Tensor:
         """All outputs for some examples: (n, …, outputs). Raises `MergeError` where the network returns no such
         thing."""
-        args = [t.to(torch.float32) if isinstance(t, Tensor) and t.is_floating_point() else t for t in data.args]
+        args, kwargs = arguments(self.program, data)
         given = {name: tensors[twin] for name, twin in self.twin.items()}
-        found = self.program.run(given, *args, **{**self.program.kwargs, **data.kwargs})
+        found = self.program.run(given, *args, **kwargs)
         if isinstance(found, Mapping) and isinstance(found.get("logits"), Tensor):
             found = found["logits"]
         if not isinstance(found, Tensor):
@@ -245,4 +287,4 @@ def owned(tensors: Sequence[Tensor], weights: Sequence[float], others: Sequence[
     return torch.where(below > 0, above / below.clamp(min=1e-12), plain)
 
 
-__all__ = ["MergeData", "Network", "entries", "foreign", "joined", "owned"]
+__all__ = ["MergeData", "Network", "arguments", "by_position", "entries", "foreign", "joined", "owned"]

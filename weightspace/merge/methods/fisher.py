@@ -11,6 +11,7 @@ import torch
 from weightspace.errors import MergeError
 from weightspace.merge.data import MergeData, Network, entries
 from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
+from weightspace.wiring.trace import plain_kernels
 
 _ROOM = 1 << 26  # elements of per-example gradients in memory at once
 
@@ -153,7 +154,8 @@ def _squares(
 
     gradient = torch.func.grad(score)
     try:
-        each = torch.func.vmap(gradient, in_dims=(None, 0, 0))(dict(wanted), parts, target)
+        with plain_kernels():  # fused attention cannot be batched over
+            each = torch.func.vmap(gradient, in_dims=(None, 0, 0))(dict(wanted), parts, target)
         return {n: torch.einsum("n,n...->...", weight, g.square()) for n, g in each.items()}
     except RuntimeError:
         # Networks with operations that cannot be batched over: one example after the other gives the same.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from weightspace.errors import MergeError, UnprovedWiringError
-from weightspace.merge.data import joined
+from weightspace.merge.data import by_position, joined
 from weightspace.merge.method import Merger, Models, Prepared, Tensor, in_range
 
 if TYPE_CHECKING:
@@ -50,13 +50,14 @@ class OtFusion(Prepared):
     def prepare(self, models: Models) -> Merger:
         from weightspace.align.optimal_transport import optimal_transport
 
-        inputs = None if models.data is None else joined(models)
+        data = None if models.data is None else joined(models)
         first, *others = models.models
-        wiring = models.proved
+        wiring, inputs = (models.proved, None) if data is None else by_position(models.proved, data)
         a = _tensors(first, wiring)
         carried: list[Mapping[str, Tensor]] = [a]
         for k, model in enumerate(others):
             own = wiring if _same(model, wiring) else _wiring_of(model, models, k + 1)
+            own = own if data is None else by_position(own, data)[0]
             b = _tensors(model, own)
             found = optimal_transport(
                 a, b, own, wiring_a=wiring, inputs=inputs, seed=models.seed, ground=self.ground,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from weightspace.errors import MergeError
-from weightspace.merge.data import joined
+from weightspace.merge.data import by_position, joined
 from weightspace.merge.method import Merger, Models, Reshaped, Tensor, WithData, in_range
 
 
@@ -47,14 +47,14 @@ class Pleas(WithData):
 
         if models.weights[0] != models.weights[1]:
             raise MergeError(f"pleas gives both models the same weight; {models.weights} was asked for")
-        wiring = models.proved
         _ = models.program
+        wiring, inputs = by_position(models.proved, joined(models))
         a, b = ({n: m[n].detach() for n in wiring} for m in models.models)
         how: Literal["activation-matching", "weight-matching"] = (
             "activation-matching" if self.matching == "activations" else "weight-matching"
         )
         found = module.pleas(
-            a, b, wiring, inputs=joined(models), seed=models.seed, matching=how, ratio=self.ratio, ridge=self.ridge,
+            a, b, wiring, inputs=inputs, seed=models.seed, matching=how, ratio=self.ratio, ridge=self.ridge,
             positions=self.positions,
         )  # fmt: skip
         merged = found.diagnostics["merged"]

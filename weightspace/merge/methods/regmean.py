@@ -8,8 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from weightspace.errors import MergeError
-from weightspace.merge.data import Network, entries, foreign, owned
+from weightspace.merge.data import Network, by_position, entries, foreign, owned
 from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
 from weightspace.wiring.contractions import Gram, contractions
 
@@ -53,11 +52,10 @@ class RegMean(WithData):
         given = entries(models)
         others = [foreign(network, network.tensors(m), d) for m, d in zip(models.models, given, strict=True)]
         for i, (model, data, weight) in enumerate(zip(models.models, given, models.weights, strict=True)):
-            if data.kwargs:
-                raise MergeError("regmean takes inputs by position: MergeData((first, second, …)), not by keyword")
             drawn = data.draw(self.samples, torch.Generator().manual_seed(models.seed * 1009 + i))
+            wiring, inputs = by_position(models.proved, drawn)
             grams = contractions(
-                models.proved, _whole(models, network, model), drawn.args, only=network.names,
+                wiring, _whole(models, network, model), inputs, only=network.names,
                 positions=self.positions, seed=models.seed, largest=self.largest,
             )  # fmt: skip
             for name in network.names:
