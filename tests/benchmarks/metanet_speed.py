@@ -5,7 +5,9 @@
    without gradients (prepared once, collated each time), seconds of a training step (forward, backward, AdamW),
    and the peak memory of a process that does nothing else.
 2. How time and memory of our metanet grow with the size of one network, 5 thousand to 100 million parameters.
-3. With ``--billion``: a network of 1 billion parameters in bfloat16, streamed from its file in chunks, against
+3. With ``--ragged`` (alone): 32 networks of 32 shapes, drawn as in ``zoo/wild-park.toml``, in stacks of one shape each,
+   and in those that our metanet makes by padding.
+4. With ``--billion``: a network of 1 billion parameters in bfloat16, streamed from its file in chunks, against
    the time that reading the same file once per round takes.
 
 Each row is measured in a process of its own. Random weights; nothing is downloaded.
@@ -51,8 +53,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--only", nargs="*", help="metanets to measure, by a part of their name")
     parser.add_argument("--no-growth", action="store_true", help="leave out table 2")
-    parser.add_argument("--billion", action="store_true", help="table 3: needs 2 GB of disk")
+    parser.add_argument("--billion", action="store_true", help="table 4: needs 2 GB of disk")
+    parser.add_argument("--ragged", action="store_true", help="table 3 alone")
     options = parser.parse_args()
+    if options.ragged:
+        for padded in (False, True):
+            print_row(apart(ragged, padded, options.device, options.threads, options.repeats))
+        return
     chosen = {n: c for n, c in METANETS.items() if matches(n, options.only)}
     rows = []
     for name, config in chosen.items():
@@ -103,6 +110,17 @@ def speed(config: dict[str, Any], device: str, threads: int, repeats: int) -> Ro
     started = time.perf_counter()
     items = [metanet.prepare(g) for g in graphs]
     prepared = time.perf_counter() - started
+    reading, training = passes(metanet, items, device, repeats)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else peak()
+    parameters = sum(p.numel() for p in metanet.parameters())
+    return {
+        "parameters": parameters, "nets_per_s": 64 / reading, "step_s": training, "peak_gb": memory,
+        "prepare_s": prepared, "peak_before_gb": before, "device": device_name(device), "threads": threads,
+    }  # fmt: skip
+
+
+def passes(metanet: Any, items: list[Any], device: str, repeats: int) -> tuple[float, float]:
+    """Seconds of one batch without gradients, and of a training step."""
 
     def inference() -> None:
         with torch.no_grad():
@@ -118,12 +136,35 @@ def speed(config: dict[str, Any], device: str, threads: int, repeats: int) -> Ro
     metanet.eval()
     reading = timed(inference, device, repeats)
     metanet.train()
-    training = timed(step, device, repeats)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else peak()
-    parameters = sum(p.numel() for p in metanet.parameters())
+    return reading, timed(step, device, repeats)
+
+
+def ragged(padded: bool, device: str, threads: int, repeats: int) -> Row:
+    """The same for 32 untrained networks of the wild park; not ``padded``: a stack for every shape."""
+    import weightspace as ws
+    from weightspace.graph.build import of_tensors
+    from weightspace.metanets import OperatorMetanet, batch
+    from weightspace.zoo.description import module_of
+    from weightspace.zoo.recipe import load
+    from weightspace.zoo.sampling import runs_of
+    from weightspace.zoo.stacked import initial_state
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if not padded:
+        batch.STACK = -(1 << 40)
+    recipe = load("wild-park")
+    metanet = OperatorMetanet(width=64).to(device)
+    items = []
+    for run in runs_of(recipe, recipe.sampled[0], ((1, 16, 16), 10))[:32]:
+        module, inputs = module_of(run.network)
+        state = {name: value for name, value in initial_state(run).items() if value.is_floating_point()}
+        items.append(metanet.prepare(of_tensors(state, ws.wiring(module.eval(), *inputs, prove=False))))
+    reading, training = passes(metanet, items, device, repeats)
     return {
-        "parameters": parameters, "nets_per_s": 64 / reading, "step_s": training, "peak_gb": memory,
-        "prepare_s": prepared, "peak_before_gb": before, "device": device_name(device), "threads": threads,
+        "model": f"operator, 32 shapes, {'padded' if padded else 'a stack for every shape'}",
+        "nets_per_s": 32 / reading, "step_s": training, "peak_gb": peak(),
+        "stacks": len(metanet.collate(items).buckets), "device": device_name(device), "threads": threads,
     }  # fmt: skip
 
 
