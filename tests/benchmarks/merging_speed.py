@@ -4,8 +4,8 @@
 
 Each merge is a process of its own, timed from its start to its end, imports included; the best of ``--repeat``. Every
 size is a base and three fine-tunes of it, written to a temporary folder first, so that the files are in the page
-cache for both programs. Memory is polled: ``peak`` is the largest resident size (what ``getrusage`` calls maxrss, pages of
-mapped files included), ``private`` the largest anonymous part of it, what the process really takes from the machine.
+cache for both programs. Memory is polled: ``peak`` is the largest resident size (what ``getrusage`` calls maxrss, pages
+of mapped files included), ``private`` its largest anonymous part, what the process really takes from the machine.
 
 mergekit is best installed in an environment of its own; without it only our rows are printed.
 """
@@ -31,10 +31,10 @@ from merging_models import write
 DENSITY = 0.2
 OURS = """
 import sys, weightspace as ws
-method, out, base, *models = sys.argv[1:]
-hyper = {{"ties": {{"density": {density}}}, "task-arithmetic": {{"scale": 1.0}}, "dare": {{"density": {density}}}}}
-ws.merge(models, method, base=base, out=out, **hyper.get(method, {{}}))
-""".format(density=DENSITY)
+method, density, out, base, *models = sys.argv[1:]
+hyper = {"ties": {"density": float(density)}, "task-arithmetic": {"scale": 1.0}, "dare": {"density": float(density)}}
+ws.merge(models, method, base=base, out=out, **hyper.get(method, {}))
+"""
 MERGEKIT = {"linear": "linear", "task-arithmetic": "task_arithmetic", "ties": "ties", "dare": "dare_linear"}
 
 
@@ -97,7 +97,7 @@ def main() -> None:
                 runs: dict[str, list[tuple[float, int, int]]] = {}
                 for _ in range(arguments.repeat):
                     out = folder / "ours.safetensors"
-                    command = [sys.executable, "-c", OURS, method, str(out), str(base), *map(str, models)]
+                    command = [sys.executable, "-c", OURS, method, str(DENSITY), str(out), str(base), *map(str, models)]
                     runs.setdefault("weightspace", []).append(measured(command, environment))
                     out.unlink()
                 for _ in range(arguments.mergekit_repeat if arguments.mergekit else 0):

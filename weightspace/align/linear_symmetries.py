@@ -51,6 +51,11 @@ class LinearSymmetry:
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
+    def name(self) -> str:
+        """The factor's; with the heads that it lies in where one pinned factor serves several."""
+        return f"{self.factor} in {', '.join(self.over)}" if self.kind == "rotary" and self.over else self.factor
+
+    @property
     def size(self) -> int:
         return self.shape[-1]
 

@@ -38,6 +38,10 @@ METHODS: dict[str, Method] = {
         "weightspace.align.weight_matching", "weight_matching", "Ainsworth et al. 2023, Git Re-Basin"
     ),
     "frank-wolfe": Method("weightspace.align.frank_wolfe", "frank_wolfe", "Crisostomi et al. 2024, C²M³"),
+    "attention": Method(
+        "weightspace.align.attention", "attention",
+        "after Ainsworth et al. 2023; rotations of the residual stream: Ashkboos et al. 2024, SliceGPT",
+    ),
     "activation-matching": Method(
         "weightspace.align.activation_matching", "activation_matching", "Li et al. 2016; Ainsworth et al. 2023",
         needs_inputs=True,
@@ -49,6 +53,10 @@ METHODS: dict[str, Method] = {
     "sinkhorn": Method(
         "weightspace.align.sinkhorn", "sinkhorn", "Guerrero Peña et al. 2023, Re-basin via implicit Sinkhorn",
         takes_inputs=True,
+    ),
+    "cross-layer": Method(
+        "weightspace.align.cross_layer", "cross_layer", "Nguyen et al. 2023, CLAFusion", needs_inputs=True,
+        one_wiring=False,
     ),
     "pleas": Method("weightspace.align.pleas", "pleas", "Nasery et al. 2024, PLeaS", needs_inputs=True),
     "optimal-transport": Method(

@@ -106,7 +106,7 @@ def parse(text: str, seed: int = 0) -> Recipe:
         if not isinstance(hyper["rescale"], bool):
             raise MergeError(f"rescale is {hyper['rescale']!r}; true or false was expected")
         hyper["rescale"] = "norm" if hyper["rescale"] else "none"
-    return Recipe(name, tuple(models), base, None, hyper, dtype, seed=seed, repeats_mergekit=True)
+    return Recipe(name, tuple(models), base, None, hyper, dtype, seed=seed, mergekit=table.get("dtype") or "")
 
 
 def write(recipe: Recipe) -> str:

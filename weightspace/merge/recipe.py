@@ -63,8 +63,8 @@ class Recipe:
     max_shard_size: str | int | None = None
     seed: int = 0
     folder: Path | None = None
-    repeats_mergekit: bool = False
-    """Random masks are those of mergekit with ``--random-seed`` ``seed``."""
+    mergekit: str | None = None
+    """Random masks are those of mergekit with ``--random-seed`` ``seed``, computing in this type ("": the files')."""
 
     def __post_init__(self) -> None:
         cls = method_class(self.method)
@@ -91,7 +91,8 @@ class Recipe:
         target = out if out is not None else self._path(self.out) if self.out else None
         paths = [self._path(model.path) for model in self.models]
         first = open_checkpoint(self._path(self.base) if self.base else paths[0])
-        settings = self.settings(depth_of(list(first), first.config))
+        kind = self.mergekit or str(next(iter(first.dtypes.values()))).removeprefix("torch.")
+        settings = self.settings(depth_of(list(first), first.config), kind)
         method, weights = settings("")
         given: dict[str, Any] = {"dtype": self.dtype, "exclude": self.exclude, "max_shard_size": self.max_shard_size}
         return merge(
@@ -99,17 +100,17 @@ class Recipe:
             seed=self.seed, progress=progress, settings=None if self._constant else settings, **{**given, **options},
         )  # fmt: skip
 
-    def settings(self, depth: Depth) -> Settings:
-        """Method and weights for each tensor."""
+    def settings(self, depth: Depth, kind: str = "float32") -> Settings:
+        """Method and weights for each tensor. ``kind``: the type that mergekit would compute in."""
         fields = {f.name: f for f in dataclasses.fields(method_class(self.method))}
         shared: dict[str, Any] = {"seed": self.seed} if "seed" in fields else {}
-        if self.repeats_mergekit and "masks" in fields:
+        if self.mergekit is not None and "masks" in fields:
             import torch
 
             from weightspace.merge.draws import TorchMasks
 
-            kind = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-            shared["masks"] = TorchMasks(self.seed, kind)
+            # On the CPU mergekit draws in bfloat16 where it computes in it, else in float32.
+            shared["masks"] = TorchMasks(self.seed, torch.bfloat16 if kind == "bfloat16" else torch.float32)
 
         @lru_cache(maxsize=4096)
         def of(name: str) -> tuple[Method, tuple[float, ...]]:
@@ -120,7 +121,10 @@ class Recipe:
                     hyper[key] = value
             for key in {key for model in self.models for key in model.settings} - {"weight"}:
                 otherwise = hyper.get(key, fields[key].default)
-                hyper[key] = tuple(self._of(model, key, name, depth, otherwise) for model in self.models)
+                hyper[key] = tuple(
+                    self._of(model, key, name, depth, otherwise[i] if isinstance(otherwise, tuple) else otherwise)
+                    for i, model in enumerate(self.models)
+                )
             method = make(self.method, **hyper)
             method.check(len(self.models))
             return method, tuple(

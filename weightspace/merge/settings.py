@@ -43,6 +43,8 @@ def check(setting: Setting, what: str) -> None:
         setting = [setting]
     if isinstance(setting, (bool, int, float, str)):
         return
+    if isinstance(setting, tuple) and all(isinstance(e, (int, float)) for e in setting):
+        return  # one number per model
     if isinstance(setting, list) and setting:
         if all(isinstance(e, (bool, int, float)) for e in setting):
             return

@@ -50,6 +50,7 @@ EXPLAINED = 0.5
 NEAR = 0.6
 """Relative distance to the reference, after undoing, up to which a model counts as its relative. Independent networks,
 aligned as well as can be, lie above; see ``weightspace.mergeability.ancestry``."""
+_STRANGE = 0.8
 TOLERANCE = 1e-3
 """Largest relative change of the float32 outputs by the undoing; rounding of large maps reaches 1e-4."""
 
@@ -345,18 +346,14 @@ class _Search:
         Tried without any permutation, with one found on least norms, and where signs may flip with one found after
         settling these as well; the nearest is mended by matching once more from there.
         """
-        still = self.wiring.identity()
-        starts = [still, self.permutation(given, signs=False)]
-        if self.group.flips:
-            starts.append(self.permutation(given, signs=True))
-        best: tuple[_Plan, dict[str, Tensor], float] | None = None
-        for k, start in enumerate(starts):
-            if k and not start.index:
-                continue
-            tried = self.tried(given, start)
-            if best is None or tried[2] < best[2] - 1e-9:
-                best = tried
-        assert best is not None
+        best = self.tried(given, self.wiring.identity())
+        if not self.disordered(best[1]):
+            return best
+        for signs in (False, True) if self.group.flips else (False,):
+            start = self.permutation(given, signs=signs)
+            if start.index:
+                tried = self.tried(given, start)
+                best = tried if tried[2] < best[2] - 1e-9 else best
         movable = [f for f in self.wiring.free if f not in self.inner_names]
         for _ in range(3):
             move = self.matched(best[1], self.reference, self.floats, movable, restart=False)
@@ -365,6 +362,21 @@ class _Search:
                 break
             best = tried
         return best
+
+    def disordered(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Are there two elements of a factor or more as far from the reference as strangers, so that a search pays?"""
+        for factor, ways in places(self.wiring).items():
+            if factor in self.inner_names:
+                continue
+            apart, own = torch.zeros(()), torch.zeros(())
+            for w in ways:
+                if self.squares.get(w.tensor):
+                    b = w.view(self.reference[w.tensor])
+                    gap = (w.view(tensors[w.tensor]) - b).square().sum(-1) / self.squares[w.tensor]
+                    apart, own = apart + gap, own + b.square().sum(-1) / self.squares[w.tensor]
+            if int((apart > _STRANGE * own).sum()) >= 2:
+                return True
+        return False
 
     def tried(self, given: Mapping[str, Tensor], permutation: Permutation) -> tuple[_Plan, dict[str, Tensor], float]:
         now = self.permuted(given, permutation)

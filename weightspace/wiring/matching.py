@@ -466,7 +466,7 @@ def matcher_of(wiring: Wiring) -> Matcher:
 
 
 def _rms(x: Tensor) -> float:
-    return _norm(x) / max(x.numel(), 1) ** 0.5
+    return float(_norm(x) / max(x.numel(), 1) ** 0.5)
 
 
 def _norm(x: Tensor) -> float:

@@ -68,7 +68,7 @@ class Place:
         chosen = [(d, p) for d, p in zip(self.dims, self.positions, strict=True) if p is not None]
         if not chosen:
             return part
-        index = []
+        index: list[Tensor | None] = []
         for d in range(tensor.dim()):
             here = next((p for e, p in chosen if e == d), torch.arange(tensor.shape[d]))
             index.append(here.to(tensor.device).reshape([-1 if e == d else 1 for e in range(tensor.dim())]))
