@@ -41,8 +41,8 @@ class Measured:
     """Measured merges of several families, cell by cell.
 
     ``merges``: family and numbers of its models; ``slots``: numbers of the tasks they are about; ``x (cells,
-    features)`` and ``y (cells, methods)`` retained accuracy (for the barrier what is left, 1 − barrier; NaN for triples); ``sets
-    (cells,)`` the merge of each cell; ``outcome (merges, methods)``.
+    features)`` and ``y (cells, methods)`` retained accuracy (for the barrier what is left, 1 − barrier; NaN for
+    triples); ``sets (cells,)`` the merge of each cell; ``outcome (merges, methods)``.
     """
 
     families: Mapping[str, Comparison]
