@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-FILES = Path(__file__).resolve().parent.parent / "pretrained" / "files" / "merge"
+FILES = Path(__file__).resolve().parent / "files"
 MODEL, CARD = "merge.safetensors", "MODEL_CARD.md"
 _FORMAT, _VERSION = "weightspace-merge", 1
 COVERAGE = 0.9
