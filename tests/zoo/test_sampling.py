@@ -16,8 +16,8 @@ from weightspace.zoo.sampling import Run, draw, runs_of
 
 SHIPPED = [path.stem for path in sorted(data_dir("zoo").glob("*.toml")) if load(path).sampled]
 FACTS = {
-    "digits": ((1, 8, 8), 10), "mnist": ((1, 28, 28), 10), "cifar10-gray": ((1, 32, 32), 10),
-    "usps": ((1, 16, 16), 10), "text": ((64,), 65),
+    "digits": ((1, 8, 8), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
+    "cifar10-gray": ((1, 32, 32), 10), "usps": ((1, 16, 16), 10), "text": ((64,), 65),
 }  # fmt: skip
 PROMISED = ("small-cnn-cifar10", "small-cnn-mnist", "wild-park", "widths", "inr", "mixed", "families", "merging")
 

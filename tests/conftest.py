@@ -1,0 +1,18 @@
+"""What every test runs in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands send the log to their standard error, which in a test is a captured one that is closed afterwards."""
+    kept = [(logger, list(logger.handlers), logger.level) for logger in map(logging.getLogger, ("", "weightspace"))]
+    yield
+    for logger, handlers, level in kept:
+        logger.handlers[:] = [h for h in logger.handlers if h in handlers or type(h).__module__.startswith("_pytest")]
+        logger.setLevel(level)
