@@ -4,7 +4,8 @@
 
 A line per set of models and method: the models, their base, the accuracy of each alone on its own task, what share of
 it the merged one retains, and for pairs the accuracy of each on the other's task, from which comes the barrier half
-way.
+way. ``--strangers`` adds pairs of models that have no common base (other seeds, other widths): averaged as they are,
+carried by optimal transport, and refitted by PLeaS.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ from weightspace.mergeability.measurements import Measurement
 
 _log = logging.getLogger(__name__)
 
-METHODS = ("linear", "task-arithmetic", "ties")
-"""What is measured where nothing else is said."""
+METHODS = ("linear", "task-arithmetic", "ties", "tsv-m")
+"""What is measured of models with a common base where nothing else is said."""
+STRANGERS = ("linear", "ot-fusion", "pleas")
+"""What is measured of models without a common base; of different widths, ``"ot-fusion"`` alone."""
 BARRIER = "barrier"
 """The method's name under which the barrier half way is kept: the mean accuracy of two models over both tasks, less
 that of their mean. It is lost accuracy: less is better."""
 _IMAGES = 500
+_SAMPLES = 128
+"""Images of each model's own tasks that methods with data are given."""
+_ALIKE = 0.25
+"""Share of pairs without a common base whose models have the same tasks."""
 
 Evaluate = Callable[[Mapping[str, Tensor], str], float]
 """``(tensors, model)``: accuracy of a network with these tensors on the model's own tasks."""
@@ -49,6 +56,8 @@ class Family:
     models: Mapping[str, Mapping[str, Tensor]]
     evaluate: Evaluate = field(repr=False)
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict, repr=False)
+    samples: Callable[[str], Tensor] | None = field(default=None, repr=False)
     alone: dict[tuple[str, str], float] = field(default_factory=dict, repr=False)
 
     def accuracy(self, model: str, task: str) -> float:
@@ -83,39 +92,74 @@ def measure(
             yield row
 
 
+def measure_strangers(
+    a: Family, b: Family, pairs: Iterable[tuple[str, str]], methods: Sequence[str] = STRANGERS, *, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Merge a model of one family with one of another, in the widths of the first: rows as those of ``measure``.
+
+    Their ``family`` names both bases. Methods that run the network get a few images of both models' tasks.
+    """
+    from weightspace.checkpoint import open as open_
+    from weightspace.merge import merge
+    from weightspace.merge.method import WithData
+    from weightspace.merge.methods import make
+
+    for one, other in pairs:
+        own = [a.accuracy(one, one), b.accuracy(other, other)]
+        for method in methods:
+            data = None
+            if isinstance(make(method), WithData):
+                assert a.samples is not None
+                data = [a.samples(one), a.samples(other)]
+            merged = merge([open_(a.files[one]), open_(b.files[other])], method, data=data, seed=seed).tensors
+            assert merged is not None
+            retained = [a.evaluate(merged, m) / max(x, 1e-9) for m, x in zip((one, other), own, strict=True)]
+            yield {
+                "family": f"{a.name} | {b.name}", "models": [one, other], "method": method, "retained": retained,
+                "outcome": sum(retained) / 2, "individual": own, "tasks": [list(a.tasks[one]), list(b.tasks[other])],
+            }  # fmt: skip
+
+
 def families(folder: Path, images: int = _IMAGES) -> list[Family]:
-    """The families of a population of the recipe ``merging``: children of one base, each with its own tasks."""
+    """The families of a population of the recipe ``merging``: children of one base, each with its own tasks.
+
+    Each can evaluate its networks on the tasks of any model of the folder.
+    """
     from weightspace.zoo.description import module_of
     from weightspace.zoo.files import read_record
     from weightspace.zoo.tasks import accuracy, chosen, data_of
 
     records = {path: read_record(path) for path in sorted(folder.glob("*.safetensors"))}
     bases = sorted({str(r["parent"]) for r in records.values() if r.get("parent")})
-    parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+    everyone = {p.name: tuple(map(str, r["tasks"])) for p, r in records.items() if r.get("tasks")}
+    parts: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
     found, data = [], None
+
+    def samples(name: str) -> Tensor:
+        return parts[everyone[name]][2]
+
     for base in bases:
         children = {p.name: (p, r) for p, r in records.items() if r.get("parent") == base and r.get("final", True)}
         if not children:
             continue
         first = next(iter(children.values()))[1]
         data = data or data_of(first)
-        tasks = {name: tuple(map(str, r["tasks"])) for name, (_, r) in children.items()}
+        tasks = {name: everyone[name] for name in children}
         for key in set(tasks.values()):
             if key not in parts:
                 part = chosen(data, list(key))
                 some = torch.randperm(len(part.test_y), generator=torch.Generator().manual_seed(0))[:images]
-                parts[key] = part.test_x[some], part.test_y[some]
+                parts[key] = part.test_x[some], part.test_y[some], part.train_x[:_SAMPLES]
         module = module_of(first["network"])[0].eval()
 
-        def evaluate(
-            tensors: Mapping[str, Tensor], name: str, module: Any = module, tasks: Mapping[str, Any] = tasks
-        ) -> float:
-            x, y = parts[tasks[name]]
+        def evaluate(tensors: Mapping[str, Tensor], name: str, module: Any = module) -> float:
+            x, y, _ = parts[everyone[name]]
             with torch.no_grad():
                 return accuracy(torch.func.functional_call(module, dict(tensors), (x,)), y)
 
         models = {name: _read(path) for name, (path, _) in children.items()}
-        found.append(Family(base, _read(folder / base), models, evaluate, tasks))
+        files = {name: path for name, (path, _) in children.items()}
+        found.append(Family(base, _read(folder / base), models, evaluate, tasks, files, samples))
     return found
 
 
@@ -134,27 +178,56 @@ def sets_of(names: Sequence[str], size: int, most: int, seed: int = 0) -> list[t
     return list(found)
 
 
+def pairs_of(a: Family, b: Family, most: int, seed: int = 0) -> list[tuple[str, str]]:
+    """At most so many pairs of a model of one family and one of another; a part of them have the same tasks."""
+    draw = random.Random(f"{seed} {a.name} {b.name}")
+    every = [(x, y) for x in sorted(a.models) for y in sorted(b.models)]
+    draw.shuffle(every)
+    alike = [p for p in every if a.tasks[p[0]] == b.tasks[p[1]]][: round(_ALIKE * most)]
+    chosen = dict.fromkeys(alike + every)
+    found = list(chosen)[:most]
+    draw.shuffle(found)
+    return found
+
+
+def _strange(found: Sequence[Family]) -> Iterator[tuple[Family, Family, bool]]:
+    """Families whose models have the same tensors but no common base, and whether in the same shapes."""
+    for a, b in combinations(found, 2):
+        if list(a.base) == list(b.base) and all(a.base[n].dim() == b.base[n].dim() for n in a.base):
+            yield a, b, all(a.base[n].shape == b.base[n].shape for n in a.base)
+
+
 def measure_population(
-    folder: Path, out: Path, *, pairs: int, triples: int, methods: Sequence[str] = METHODS, seed: int = 0,
-    seconds: float = float("inf"),
+    folder: Path, out: Path, *, pairs: int, triples: int, strangers: int = 0, methods: Sequence[str] = METHODS,
+    seed: int = 0, seconds: float = float("inf"),
 ) -> int:  # fmt: skip
     """Measure sets of a population's models into a file of JSON lines; those that are in it already are left out.
 
-    Families take turns, so that whatever is there when it stops covers all of them. Gives the number of new lines.
+    ``strangers``: pairs without a common base. Families take turns, so that whatever is there when it stops covers all
+    of them. Gives the number of new lines.
     """
     done = {(tuple(r["models"]), r["method"]) for r in read_rows(out)} if out.exists() else set()
     found = families(folder)
-    turns: list[tuple[Family, tuple[str, ...]]] = []
+    turns: list[tuple[Family, Family | None, tuple[str, ...], Sequence[str]]] = []
     for family in found:
         few = [-(-count // len(found)) for count in (pairs, triples)]
-        turns += [(family, s) for size, most in zip((2, 3), few, strict=True)
+        turns += [(family, None, s, methods) for size, most in zip((2, 3), few, strict=True)
                   for s in sets_of(list(family.models), size, most, seed)]  # fmt: skip
+    strange = list(_strange(found)) if strangers else []
+    for a, b, same in strange:
+        turns += [(a, b, p, STRANGERS if same else STRANGERS[1:2])
+                  for p in pairs_of(a, b, -(-strangers // len(strange)), seed)]  # fmt: skip
     random.Random(seed).shuffle(turns)
     count, started = 0, time.monotonic()
     with out.open("a") as stream:
-        for i, (family, members) in enumerate(turns):
-            missing = [m for m in methods if (members, m) not in done]
-            for row in measure(family, [members], missing, seed=seed) if missing else ():
+        for i, (family, second, members, wanted) in enumerate(turns):
+            missing = [m for m in wanted if (members, m) not in done]
+            rows: Iterable[dict[str, Any]] = ()
+            if missing and second is None:
+                rows = measure(family, [members], missing, seed=seed)
+            elif missing and second is not None:
+                rows = measure_strangers(family, second, [(members[0], members[1])], missing, seed=seed)
+            for row in rows:
                 stream.write(json.dumps(row) + "\n")
                 count += 1
             stream.flush()
@@ -201,6 +274,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pairs", type=int, default=5000)
     parser.add_argument("--triples", type=int, default=800)
+    parser.add_argument("--strangers", type=int, default=640, help="pairs without a common base")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     given = parser.parse_args()
@@ -208,8 +282,8 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         count = measure_population(
-            given.folder, given.out, pairs=given.pairs, triples=given.triples, methods=given.methods,
-            seconds=given.seconds,
+            given.folder, given.out, pairs=given.pairs, triples=given.triples, strangers=given.strangers,
+            methods=given.methods, seconds=given.seconds,
         )  # fmt: skip
     except WeightspaceError as error:
         print(f"weightspace: {error}", file=sys.stderr)
