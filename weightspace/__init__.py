@@ -11,6 +11,7 @@ of a whole zoo of networks::
     zoo = ws.Zoo("models/")                    # index a folder, then zoo.similar("model.safetensors")
     ws.embed(ckpt).vector                      # by the pretrained encoder, with its range of applicability
     ws.predict_accuracy(ckpt)                  # of an image classifier, from its weights, with an interval
+    ws.score(["a.safetensors", "b.safetensors"], base="base.safetensors")   # what would a merge of them retain?
 
 Names are imported on first use, so that ``import weightspace`` costs little beyond torch.
 """
@@ -39,6 +40,7 @@ _EXPORTS = {
     "ParameterGraph": "weightspace.graph",
     "Zoo": "weightspace.zoo",
     "merge": "weightspace.merge",
+    "score": "weightspace.mergeability.score",
     "metanets": "weightspace.metanets",
     "embed": "weightspace.pretrained",
     "predict_accuracy": "weightspace.pretrained",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from weightspace.graph import ParameterGraph as ParameterGraph
     from weightspace.graph import graph as graph
     from weightspace.merge import merge as merge
+    from weightspace.mergeability.score import score as score
     from weightspace.pretrained import embed as embed
     from weightspace.pretrained import predict_accuracy as predict_accuracy
     from weightspace.wiring import wiring as wiring

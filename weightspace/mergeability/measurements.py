@@ -21,6 +21,8 @@ from weightspace.errors import WeightspaceError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from weightspace.zoo import Zoo
+
 LETTERS = "abcdefgh"
 """Columns of a table's models: at most as many in one merge."""
 
@@ -62,21 +64,44 @@ class Measurement:
 
 
 Known = str | os.PathLike[str] | Iterable[Measurement | Mapping[str, Any]]
-"""Where measured merges may come from: a file (CSV, JSON, JSON lines), rows, or a pandas table."""
+"""Where measured merges may come from: a file (CSV, JSON, JSON lines), a zoo's folder, or rows; a ``Zoo`` and a pandas
+table do as well."""
+
+BARRIER = "barrier"
+"""The method's name under which barriers are kept: the accuracy that is lost half way between two models."""
+_MOST = 1.5
+"""Retained accuracy above this is no share: merges gain a little over single models, but not by half."""
 
 
-def read_measurements(known: Known | pd.DataFrame | None) -> tuple[Measurement, ...]:
-    """Measured merges from a file or rows; None gives none.
+def read_measurements(known: Known | pd.DataFrame | Zoo | None) -> tuple[Measurement, ...]:
+    """Measured merges from a file, a zoo or rows; None gives none. Of a merge that is there twice the last counts.
 
-    Raises ``WeightspaceError`` for a file that cannot be read and for rows without models, method or outcome.
+    Raises ``WeightspaceError`` for a file that cannot be read, and for a row without models, method or outcome, or
+    with an outcome that is no share (percent, for example).
     """
     if known is None:
         return ()
     if isinstance(known, str | os.PathLike):
-        return tuple(_row(row, f"{Path(known).name}, row {i + 1}") for i, row in enumerate(_rows_of(Path(known))))
+        path = Path(known)
+        if path.is_dir():
+            from weightspace.zoo import Zoo
+
+            return Zoo(path).merges()
+        return latest(as_measurement(row, f"{path.name}, row {i + 1}") for i, row in enumerate(_rows_of(path)))
+    merges = getattr(known, "merges", None)
+    if callable(merges):
+        found: tuple[Measurement, ...] = merges()
+        return found
     to_dict = getattr(known, "to_dict", None)
-    rows: Iterable[Any] = to_dict("records") if callable(to_dict) and not isinstance(known, Mapping) else known
-    return tuple(r if isinstance(r, Measurement) else _row(r, f"row {i + 1}") for i, r in enumerate(rows))
+    rows: Any = to_dict("records") if callable(to_dict) and not isinstance(known, Mapping) else known
+    if isinstance(rows, Mapping | Measurement) or not isinstance(rows, Iterable):
+        rows = [rows]
+    return latest(as_measurement(r, f"row {i + 1}") for i, r in enumerate(rows))
+
+
+def latest(measured: Iterable[Measurement]) -> tuple[Measurement, ...]:
+    """One for each merge and method: the last."""
+    return tuple({(frozenset(m.models), m.method): m for m in measured}.values())
 
 
 def write_measurements(path: str | os.PathLike[str], measured: Sequence[Measurement]) -> Path:
@@ -114,25 +139,71 @@ def _rows_of(path: Path) -> list[Mapping[str, Any]]:
     return found
 
 
-def _row(row: Any, where: str) -> Measurement:
-    if not isinstance(row, Mapping):
+def as_measurement(row: Any, where: str = "the row") -> Measurement:
+    """A row of a table as a measured merge; errors say ``where``. Raises ``WeightspaceError``."""
+    if not isinstance(row, Mapping | Measurement):
         raise WeightspaceError(f"{where}: found {row!r}, expected a row with a, b, method and outcome")
+    found = row if isinstance(row, Measurement) else _parsed(row, where)
+    least, most = (-1.0, 1.0) if found.method == BARRIER else (0.0, _MOST)
+    for value in (found.outcome, *found.retained):
+        if not least <= value <= most:
+            percent = f"; if it is percent, write {value / 100:g}" if 0 <= value / 100 <= 1 else ""
+            raise WeightspaceError(
+                f"{where}: the merge of {', '.join(found.models)} has the outcome {value:g}, expected a share: "
+                + ("accuracy that is lost, from -1 to 1" if found.method == BARRIER else
+                   "merged over single accuracy, from 0 to 1 or a little above") + percent
+            )  # fmt: skip
+    if found.retained and abs(sum(found.retained) / len(found.retained) - found.outcome) > 0.02:
+        raise WeightspaceError(
+            f"{where}: the outcome {found.outcome:g} is not the mean of the outcomes by task "
+            f"({', '.join(f'{x:g}' for x in found.retained)}); leave one of the two out"
+        )
+    return found
+
+
+def _parsed(row: Mapping[str, Any], where: str) -> Measurement:
+    def wrong(what: str) -> WeightspaceError:
+        shown = {str(k): v for k, v in row.items()}
+        return WeightspaceError(
+            f"{where}: {what} in {shown!r}; expected the columns a, b, method and outcome (a number), and perhaps "
+            "outcome_a, outcome_b"
+        )
+
     models = tuple(str(row[letter]) for letter in LETTERS if _there(row.get(letter)))
-    if not models and isinstance(row.get("models"), Sequence):
-        models = tuple(str(m) for m in row["models"])
+    given = row.get("models")
+    if not models and isinstance(given, Sequence) and not isinstance(given, str):
+        models = tuple(str(m) for m in given)
+    if not models:
+        raise wrong("there are no models")
+    if not _there(row.get("method")):
+        raise wrong("there is no method")
     by_task = [row.get(f"outcome_{letter}") for letter in LETTERS[: len(models)]]
-    retained = row.get("retained") or ([] if not all(map(_there, by_task)) else by_task)
+    retained = row.get("retained") or ()
+    if not retained and any(map(_there, by_task)):
+        if not all(map(_there, by_task)):
+            raise wrong("some of the outcomes by task are missing")
+        retained = by_task
     try:
         single = tuple(float(str(x)) for x in retained)
-        outcome = row.get("outcome")
-        if not _there(outcome):
-            outcome = sum(single) / len(single)
+    except (TypeError, ValueError):
+        raise wrong("an outcome by task is no number") from None
+    outcome = row.get("outcome")
+    if not _there(outcome):
+        if not single:
+            raise wrong("there is no outcome")
+        outcome = sum(single) / len(single)
+    try:
         return Measurement(models, str(row["method"]), float(str(outcome)), single)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise WeightspaceError(
-            f"{where}: found {dict(row)!r}, expected the columns a, b, method and outcome (a number)"
-        ) from error
+    except ValueError:
+        raise wrong(f"the outcome {outcome!r} is no number") from None
+    except WeightspaceError as error:
+        raise WeightspaceError(f"{where}: {error}") from None
 
 
 def _there(value: Any) -> bool:
     return value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
+
+
+__all__ = [
+    "BARRIER", "LETTERS", "Known", "Measurement", "as_measurement", "latest", "read_measurements", "write_measurements",
+]  # fmt: skip

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,7 +64,7 @@ class Preflight:
 
     ``models`` and ``base`` are names; ``wiring`` is "proved", "unverified", "failed" or "none"; ``ancestry`` and
     ``protection`` hold what those two checks measured, model by model; ``skipped`` says which checks could not be made,
-    and why.
+    and why. ``undone``: tensors of protected models without the protection, which compute the same.
     """
 
     models: tuple[str, ...]
@@ -75,6 +75,7 @@ class Preflight:
     protection: tuple[Any, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    undone: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -141,33 +142,44 @@ def preflight(
     models. Raises ``WeightspaceError`` for an unknown check or a file that cannot be opened; whatever else is wrong
     with the models is a finding.
     """
-    started = time.perf_counter()
+    return fly(models, base, wiring=wiring, checks=checks, seed=seed).report()
+
+
+def fly(
+    models: Sequence[Model] | Mapping[str, Model], base: Model | None = None, *, wiring: Wiring | None = None,
+    checks: Collection[str] = CHECKS, seed: int = 0, step: Callable[[str], object] | None = None,
+) -> Flight:  # fmt: skip
+    """``preflight`` with what it worked with: models as they were opened, adapters merged into their base, the wiring.
+
+    ``step`` is called with a word before each model that takes time.
+    """
     unknown = sorted(set(checks) - set(CHECKS))
     if unknown:
         raise WeightspaceError(f"there is no check {unknown[0]!r}; expected some of {', '.join(CHECKS)}")
-    named = _named(models)
-    if not named:
+    given = named(models)
+    if not given:
         raise WeightspaceError("no models were given; expected one or more paths, checkpoints or mappings of tensors")
-    flight = _Flight({n: _opened(m) for n, m in named.items()}, None if base is None else _opened(base), seed)
+    flight = Flight({n: opened(m) for n, m in given.items()}, None if base is None else opened(base), seed)
     flight.base_name = None if base is None else _name(base, "base")
     flight.given_wiring = wiring
+    flight.step = step or (lambda _: None)
     for check in CHECKS:
         if check in checks:
             _STEPS[check](flight)
-    order = {"stop": 0, "warning": 1, "note": 2}
-    found = sorted(flight.findings, key=lambda f: order[f.severity])
-    status = "none" if flight.wiring is None else flight.wiring.status
-    return Preflight(
-        tuple(named), flight.base_name, status, tuple(found), tuple(flight.ancestry), tuple(flight.protection),
-        flight.skipped, time.perf_counter() - started,
-    )  # fmt: skip
+    return flight
 
 
 # ------------------------------------------------------------------------------------ what the checks share
 
 
 @dataclass
-class _Flight:
+class Flight:
+    """Models under examination, and what is known of them so far.
+
+    ``unlike``: models whose tensors are others than the reference's; ``broken``: with values that are not finite;
+    ``unusable``: that cannot be read as weights. None of these can be scored.
+    """
+
     models: dict[str, Checkpoint]
     base: Checkpoint | None
     seed: int
@@ -186,6 +198,18 @@ class _Flight:
     unlike: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     unusable: set[str] = field(default_factory=set)
+    undone: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    step: Callable[[str], object] = field(default=lambda _: None, repr=False)
+    started: float = field(default_factory=time.perf_counter)
+
+    def report(self) -> Preflight:
+        """What was found, the gravest first."""
+        order = {"stop": 0, "warning": 1, "note": 2}
+        return Preflight(
+            tuple(self.models), self.base_name, "none" if self.wiring is None else self.wiring.status,
+            tuple(sorted(self.findings, key=lambda f: order[f.severity])), tuple(self.ancestry), tuple(self.protection),
+            self.skipped, time.perf_counter() - self.started, self.undone,
+        )  # fmt: skip
 
     def say(
         self, severity: Severity, check: str, models: Sequence[str] | str, found: str, expected: str, remedy: str,
@@ -222,7 +246,8 @@ class _Flight:
         return self.wiring
 
 
-def _named(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
+def named(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
+    """Models by name: that of the file or folder, with as many of the folders above as tell them apart."""
     if isinstance(models, str | os.PathLike | Checkpoint):
         models = [models]
     if isinstance(models, Mapping):
@@ -232,28 +257,45 @@ def _named(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
                 "names to models"
             )
         return {str(n): m for n, m in models.items()}
-    named: dict[str, Model] = {}
-    for i, model in enumerate(models):
-        name = _name(model, f"model {i}")
-        k = 2
-        while name in named:
-            name, k = f"{_name(model, f'model {i}')} ({k})", k + 1
-        named[name] = model
-    return named
+    listed = list(models)
+    names = [_name(model, f"model {i}") for i, model in enumerate(listed)]
+    for parts in (2, 3, 4):
+        often = Counter(names)
+        names = [_name(m, n, parts) if often[n] > 1 else n for n, m in zip(names, listed, strict=True)]
+    found: dict[str, Model] = {}
+    for name, model in zip(names, listed, strict=True):
+        unique, k = name, 2
+        while unique in found:
+            unique, k = f"{name} ({k})", k + 1
+        found[unique] = model
+    return found
 
 
-def _name(model: Model, otherwise: str) -> str:
+def _name(model: Model, otherwise: str, parts: int = 1) -> str:
     path = model.path if isinstance(model, Checkpoint) else model if isinstance(model, str | os.PathLike) else None
-    return Path(path).name if path is not None else otherwise
+    if path is None:
+        return otherwise
+    return "/".join(Path(path).absolute().parts[-parts:])
 
 
-def _opened(model: Model) -> Checkpoint:
+def opened(model: Model) -> Checkpoint:
+    """A model as a checkpoint: a file or folder (also ``file!member``), a checkpoint, or a mapping of tensors."""
     from weightspace.checkpoint import from_tensors
     from weightspace.checkpoint import open as open_checkpoint
 
     if isinstance(model, Checkpoint):
         return model
-    return open_checkpoint(model) if isinstance(model, str | os.PathLike) else from_tensors(model)
+    if not isinstance(model, str | os.PathLike):
+        if not isinstance(model, Mapping) or not all(isinstance(v, torch.Tensor) for v in model.values()):
+            raise WeightspaceError(
+                f"found {type(model).__name__} as a model, expected a path, a checkpoint or a mapping of tensors"
+            )
+        return from_tensors(model)
+    text = os.fspath(model)
+    if "!" in text and not Path(text).exists():
+        path, _, member = text.partition("!")
+        return open_checkpoint(path, member=member)
+    return open_checkpoint(model)
 
 
 def _one_line(error: BaseException) -> str:
@@ -268,7 +310,7 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 # ------------------------------------------------------------------------------------ adapters, quantisation
 
 
-def _adapters(f: _Flight) -> None:
+def _adapters(f: Flight) -> None:
     """LoRA adapters stand for their base with a change; without the base nothing can be said of them."""
     from weightspace.checkpoint.peft import merge_adapter
 
@@ -302,7 +344,7 @@ _QUANTISED = (torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32, 
 _MARKS = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".quant_state", ".g_idx", "weight_scale_inv")
 
 
-def _quantised(f: _Flight) -> None:
+def _quantised(f: Flight) -> None:
     for name, model in _all(f).items():
         says = (model.config or {}).get("quantization_config")
         types = model.metadata.get("tensor_types") if model.format == "gguf" else None
@@ -329,14 +371,14 @@ def _quantised(f: _Flight) -> None:
             f.unusable.add(name)
 
 
-def _all(f: _Flight) -> dict[str, Checkpoint]:
+def _all(f: Flight) -> dict[str, Checkpoint]:
     return {**({f.base_name or "base": f.base} if f.base is not None else {}), **f.models}
 
 
 # ------------------------------------------------------------------------------------ names, shapes, wiring
 
 
-def _tensors(f: _Flight) -> None:
+def _tensors(f: Flight) -> None:
     """The same names and shapes; what differs is told apart by what it does in the network."""
     against, reference = f.reference
     for name, model in f.others().items():
@@ -391,7 +433,7 @@ def _prefix(reference: Checkpoint, model: Checkpoint) -> str:
 
 
 def _shapes(
-    f: _Flight, name: str, model: Checkpoint, against: str, reference: Checkpoint, differing: list[str]
+    f: Flight, name: str, model: Checkpoint, against: str, reference: Checkpoint, differing: list[str]
 ) -> None:
     groups: dict[str, list[str]] = {}
     for t in differing:
@@ -421,7 +463,7 @@ def _shapes(
 
 
 def _part(
-    f: _Flight, tensor: str, a: tuple[int, ...], b: tuple[int, ...], reference: Checkpoint, model: Checkpoint
+    f: Flight, tensor: str, a: tuple[int, ...], b: tuple[int, ...], reference: Checkpoint, model: Checkpoint
 ) -> str:
     """What a tensor whose shapes differ belongs to: "vocabulary", "head", "rank" or "width"."""
     if len(a) != len(b):
@@ -448,7 +490,7 @@ def _part(
     return "width"
 
 
-def _wiring(f: _Flight) -> None:
+def _wiring(f: Flight) -> None:
     wiring = f.find_wiring()
     against, _ = f.reference
     if wiring is None:
@@ -527,7 +569,7 @@ _SILENT = {
 _EPSILONS = ("eps", "epsilon")
 
 
-def _configuration(f: _Flight) -> None:
+def _configuration(f: Flight) -> None:
     """Entries of the configuration that change the function, the labels, or only the run."""
     against, reference = f.reference
     known = _settings(reference)
@@ -593,7 +635,7 @@ def _short(x: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _tokeniser(f: _Flight) -> None:
+def _tokeniser(f: Flight) -> None:
     """The vocabularies that lie beside the weights, compared as mappings of tokens to numbers."""
     against, reference = f.reference
     known = vocabulary_of(reference)
@@ -662,7 +704,7 @@ def vocabulary_of(model: Checkpoint) -> dict[str, int] | str | None:
     return None
 
 
-def _dtype(f: _Flight) -> None:
+def _dtype(f: Flight) -> None:
     kinds = {n: _main_dtype(c) for n, c in _all(f).items() if n not in f.unusable}
     names = {n: str(d).removeprefix("torch.") for n, d in kinds.items() if d is not None}
     if len(set(names.values())) > 1:
@@ -691,7 +733,7 @@ def _main_dtype(model: Checkpoint) -> torch.dtype | None:
 # ------------------------------------------------------------------------------------ values
 
 
-def _values(f: _Flight) -> None:
+def _values(f: Flight) -> None:
     found = _health(f)
     against = f.reference[0] if f.base is not None else "the other models"
     for name, broken in found.broken.items():
@@ -741,13 +783,13 @@ def _values(f: _Flight) -> None:
             )  # fmt: skip
 
 
-def _health(f: _Flight) -> vitals.Health:
+def _health(f: Flight) -> vitals.Health:
     if f.seen is None:
         f.seen = vitals.examine({n: c for n, c in f.models.items() if n not in f.unusable}, f.base)
     return f.seen
 
 
-def _equal(f: _Flight) -> None:
+def _equal(f: Flight) -> None:
     found = _health(f)
     groups: dict[str, list[str]] = {}
     for name, digest in found.digests.items():
@@ -777,7 +819,7 @@ def _equal(f: _Flight) -> None:
 # ------------------------------------------------------------------------------------ ancestry, protection
 
 
-def _pairs(f: _Flight, check: str) -> dict[str, Checkpoint]:
+def _pairs(f: Flight, check: str) -> dict[str, Checkpoint]:
     """Models that can be held against the reference weight by weight; why not, where they cannot."""
     found = {}
     for name, model in f.others().items():
@@ -793,7 +835,7 @@ def _pairs(f: _Flight, check: str) -> dict[str, Checkpoint]:
     return found
 
 
-def _ancestry(f: _Flight) -> None:
+def _ancestry(f: Flight) -> None:
     """Each model against the reference, with its null distribution."""
     from weightspace.mergeability.ancestry import ancestry
 
@@ -801,6 +843,7 @@ def _ancestry(f: _Flight) -> None:
     wiring = f.find_wiring() if models else None
     against, reference = f.reference
     for name, model in models.items():
+        f.step(f"ancestry of {name}")
         if wiring is None or wiring.status == "failed":
             f.skipped["ancestry"] = "it needs a wiring"
             return
@@ -829,7 +872,7 @@ _MOST = 100_000_000
 """Models of up to as many values are brought near each other, which holds both in memory in float64."""
 
 
-def _fits(f: _Flight, reference: Checkpoint) -> bool:
+def _fits(f: Flight, reference: Checkpoint) -> bool:
     return reference.num_parameters <= _MOST
 
 
@@ -838,7 +881,7 @@ def _light(found: Any) -> Any:
     return found if found.protected else replace(found, tensors={})
 
 
-def _protection(f: _Flight) -> None:
+def _protection(f: Flight) -> None:
     """Copies moved inside their orbit, found against the reference, and what is left once that is undone."""
     from weightspace.errors import UnprovedWiringError
     from weightspace.mergeability.protection import examine
@@ -847,6 +890,7 @@ def _protection(f: _Flight) -> None:
     wiring = f.find_wiring() if models else None
     against, reference = f.reference
     for name, model in models.items():
+        f.step(f"protection of {name}")
         if wiring is None or not wiring.proved:
             f.skipped["protection"] = "it needs a proved wiring"
             return
@@ -870,13 +914,15 @@ def _protection(f: _Flight) -> None:
         if found.protected:
             # Layers that lost their correspondence are accounted for.
             f.findings = [x for x in f.findings if x.check != "ancestry" or x.models != (name,)]
+            f.undone[name] = found.tensors
             moved = list(dict.fromkeys(f"{e.kind} ({e.factor})" for e in found.evidence))
             f.say(
                 "stop", "protection", name,
                 f"moved inside its orbit, so that it computes the same and cannot be averaged: {_listed(moved)}; "
                 f"distance to {against} {found.before:.2f}, and {found.after:.2f} once that is undone",
                 "neurons, heads and scales as in the base",
-                "merge the undone copy: weightspace.mergeability.protection.examine(model, base, wiring).tensors",
+                "merge the undone copy, which computes the same (`.undone` of this report; on the command line "
+                "`weightspace score … --undone FOLDER` writes it)",
             )  # fmt: skip
 
 
@@ -886,4 +932,7 @@ _STEPS = {
     "ancestry": _ancestry, "protection": _protection,
 }  # fmt: skip
 
-__all__ = ["CHECKS", "Finding", "Model", "Preflight", "Severity", "preflight", "vocabulary_of"]
+__all__ = [
+    "CHECKS", "Finding", "Flight", "Model", "Preflight", "Severity", "fly", "named", "opened", "preflight",
+    "vocabulary_of",
+]  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +18,20 @@ from numpy.typing import NDArray
 
 from weightspace.errors import WeightspaceError
 from weightspace.mergeability.features import Comparison, compare
-from weightspace.mergeability.measurements import LETTERS, Known, Measurement, read_measurements
+from weightspace.mergeability.measurements import BARRIER, LETTERS, Known, Measurement, latest, read_measurements
 from weightspace.mergeability.outcome import (
     CEILING,
     Cells,
     Observed,
     Outcome,
-    Posterior,
     effect_terms,
     link,
-    most_informative,
+    outcome_interval,
     retained,
     unlink,
 )
-from weightspace.mergeability.preflight import Model, Preflight, preflight
+from weightspace.mergeability.preflight import CHECKS, Flight, Model, fly, named, opened
+from weightspace.mergeability.report import MergeReport, Prediction, Scored, terms_of
 from weightspace.pretrained.applicability import Applicability
 
 if TYPE_CHECKING:
@@ -38,304 +40,427 @@ if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
     from weightspace.mergeability.prior import Prior
     from weightspace.wiring.wiring import Wiring
+    from weightspace.zoo import Zoo
 
 Array = NDArray[np.float64]
 
-BARRIER = "barrier"
 METHODS = ("linear", "task-arithmetic", "ties")
 """Methods that are predicted where nothing else is said."""
-_MOST = 64
-"""Models of one report: all their pairs have a common posterior."""
+JOINT = 64
+"""Models whose pairs have a common posterior, so that measured merges of some tell of the others."""
+MOST = 512
+"""Models of one report."""
+_COVERAGE = 0.9
 _READ = 2_000_000
 _CELLS = 256
 """The metanet is asked for networks of at most so many parameters, and so many cells; above, the forest alone."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a merge by one method would retain.
-
-    ``value``: retained accuracy averaged over the models' tasks (for ``"barrier"``: accuracy lost half way), with an
-    interval that holds it in ``coverage`` of the cases; ``retained`` by model. ``terms``: by how many points of
-    retained accuracy each kind of feature moves the prediction away from the usual merge, and what measured merges add.
-    Not numbers where the prior does not apply and nothing was measured; ``applicability`` says why.
-    """
-
-    method: str
-    value: float
-    low: float
-    high: float
-    coverage: float
-    retained: Mapping[str, float]
-    terms: Mapping[str, float]
-    applicability: Applicability
-    measured: bool = False
-
-    def __str__(self) -> str:
-        if math.isnan(self.value):
-            return f"no prediction ({self.applicability})"
-        if self.measured:
-            return f"{self.value:.3f} (measured)"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One merge that was asked about: its models and a prediction per method."""
-
-    models: tuple[str, ...]
-    predictions: Mapping[str, Prediction]
-
-    @property
-    def best(self) -> str | None:
-        """The method that is expected to retain most; None where nothing is predicted."""
-        known = {m: p.value for m, p in self.predictions.items() if m != BARRIER and not math.isnan(p.value)}
-        return max(known, key=lambda m: known[m]) if known else None
-
-    @property
-    def value(self) -> float:
-        """What the best method is expected to retain."""
-        best = self.best
-        return self.predictions[best].value if best else float("nan")
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """The merge whose evaluation would teach most: it removes ``share`` of the variance of all that is not measured."""
-
-    models: tuple[str, ...]
-    method: str
-    share: float
-
-    def __str__(self) -> str:
-        return f"measure {' + '.join(self.models)} by {self.method}: it removes {self.share:.0%} of the variance"
-
-
-@dataclass(frozen=True, eq=False)
-class MergeReport:
-    """What can be said of models before they are merged.
-
-    ``merges``: all of them together first (where that is a merge of at most 8), then every pair. ``predictions`` and
-    ``best`` are of the first. ``notes`` says what was left out and why. ``comparison`` holds the terms block by block.
-    """
-
-    models: tuple[str, ...]
-    base: str | None
-    preflight: Preflight | None
-    merges: tuple[Scored, ...]
-    known: tuple[Measurement, ...]
-    notes: tuple[str, ...]
-    comparison: Comparison | None = field(repr=False)
-    seconds: float = 0.0
-    _state: Mapping[str, tuple[Outcome, Observed | None]] = field(default_factory=dict, repr=False)
-    _cells: Cells | None = field(default=None, repr=False)
-    _sets: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
-
-    @property
-    def predictions(self) -> Mapping[str, Prediction]:
-        """A prediction per method, of merging all models (the first pair's where they are more than 8)."""
-        return self.merges[0].predictions if self.merges else {}
-
-    @property
-    def best(self) -> str | None:
-        """The method that is expected to be best for merging all models."""
-        return self.merges[0].best if self.merges else None
-
-    def ranked(self, size: int = 2) -> list[Scored]:
-        """The merges of so many models, the most promising first."""
-        found = [m for m in self.merges if len(m.models) == size]
-        return sorted(found, key=lambda m: -m.value if not math.isnan(m.value) else math.inf)
-
-    def groups(self, least: float | None = None) -> list[tuple[str, ...]]:
-        """Groups of models that are expected to merge well with each other, largest and best first.
-
-        Maximal cliques of the pairs whose best method is expected to retain at least ``least`` (default: the better
-        third of all pairs, but at least 0.8).
-        """
-        import networkx as nx
-
-        pairs = {m.models: m.value for m in self.ranked(2) if not math.isnan(m.value)}
-        if not pairs:
-            return []
-        if least is None:
-            least = max(0.8, float(np.quantile(list(pairs.values()), 2 / 3)))
-        graph = nx.Graph()
-        graph.add_edges_from(p for p, value in pairs.items() if value >= least)
-        cliques = [tuple(sorted(c, key=self.models.index)) for c in nx.find_cliques(graph)]
-
-        def worth(group: tuple[str, ...]) -> float:
-            return min(pairs.get((a, b), pairs.get((b, a), -1.0)) for a, b in combinations(group, 2))
-
-        return sorted((c for c in cliques if len(c) > 1), key=lambda c: (-len(c), -worth(c)))
-
-    def suggest(self, method: str | None = None) -> Suggestion:
-        """The pair whose evaluation lowers the expected posterior variance of all others most.
-
-        Raises ``WeightspaceError`` where there is no prediction to sharpen or every pair was measured.
-        """
-        method = method or self.best
-        if method is None or method not in self._state or self._cells is None:
-            raise WeightspaceError("there are no predictions to sharpen; see the report's preflight and notes")
-        done = {frozenset(m.models) for m in self.known if m.method == method}
-        names = [frozenset(self.models[i] for i in s) for s in self._sets]
-        open_ = {s: self._cells.where(s) for s, n in enumerate(names) if len(n) == 2 and n not in done}
-        if not open_:
-            raise WeightspaceError(f"every pair was measured by {method}: there is nothing left to learn")
-        model, observed = self._state[method]
-        targets = np.concatenate(list(open_.values()))
-        chosen, share = most_informative(model, observed, open_, targets)
-        return Suggestion(tuple(self.models[i] for i in self._sets[chosen]), method, share)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as values that ``json.dumps`` takes; what is not a number is None."""
-        suggestion = None
-        if self._state:
-            try:
-                suggestion = asdict(self.suggest())
-            except WeightspaceError:
-                suggestion = None
-        found: dict[str, Any] = _plain({
-            "models": list(self.models), "base": self.base,
-            "preflight": None if self.preflight is None else self.preflight.to_json(), "best": self.best,
-            "merges": [
-                {
-                    "models": list(m.models), "best": m.best,
-                    "predictions": {k: asdict(p) for k, p in m.predictions.items()},
-                }
-                for m in self.merges
-            ],
-            "groups": [list(g) for g in self.groups()], "suggest": suggestion,
-            "known": [m.to_row() for m in self.known], "notes": list(self.notes), "seconds": self.seconds,
-        })  # fmt: skip
-        return found
-
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """The table: a row per method of the first merge."""
-        found = []
-        for method, p in self.predictions.items():
-            terms = sorted(p.terms.items(), key=lambda kv: -abs(kv[1]))[:3]
-            why = ", ".join(f"{name} {100 * value:+.1f}" for name, value in terms if abs(value) >= 5e-4)
-            mark = "best" if method == self.best else ""
-            found.append((method, str(p), why, mark))
-        return found
-
-    def __repr__(self) -> str:
-        base = f"base {self.base}" if self.base else "no base"
-        lines = [f"MergeReport({len(self.models)} models, {base}, {self.seconds:.1f} s)"]
-        if self.preflight is not None:
-            lines += [f"  {line}" for line in repr(self.preflight).splitlines()]
-        if self.merges:
-            lines.append(f"  retained accuracy of {' + '.join(self.merges[0].models)}, 90 % interval; why (points)")
-            rows = self.rows()
-            widths = [max(len(row[i]) for row in rows) for i in range(3)]
-            lines += ["    " + "  ".join(c.ljust(w) for c, w in zip(row, (*widths, 0), strict=True)).rstrip()
-                      for row in rows]  # fmt: skip
-            lines.append(f"    {next(iter(self.predictions.values())).applicability}")
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+_MATCHED = 300_000_000
+_WORK = 4_000_000_000
+"""Weights that are merged and run where inputs are given: more than these, and only the first merge is."""
+_HEADERS = ("adapters", "quantised", "tensors")
+"""What is looked at in any case: without it nothing can be compared."""
 
 
 def score(
-    models: Sequence[Model] | Mapping[str, Model],
+    models: Sequence[Model] | Mapping[str, Model] | str | os.PathLike[str] | Zoo,
     base: Model | None = None,
     methods: Sequence[str] = METHODS,
-    known: Known | pd.DataFrame | None = None,
+    known: Known | pd.DataFrame | Zoo | None = None,
     inputs: Mapping[str, Any] | None = None,
     *,
     wiring: Wiring | None = None,
     checks: bool = True,
-    prior: Prior | None = None,
+    prior: Prior | str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> MergeReport:
     """Whether models can be merged, how well by each method, and why: from the files alone.
 
-    ``models``: paths, checkpoints or mappings of tensors, or a mapping of names to such; two or more. ``base``: what
-    they were fine-tuned from; without it nothing is predicted unless ``known`` has measured merges. ``known``: measured
-    merges of these models (a table with ``a, b, method, outcome``; see ``measurements``), which sharpen all else.
-    ``inputs``: a few unlabelled inputs by model name, of that model's task: models are merged in memory, and how often
-    the merged one answers as the single one does counts as an uncertain measurement. ``checks``: do the preflight.
+    ``models``: two or more paths, checkpoints or mappings of tensors, or a mapping of names to such; or a folder of
+    models (a ``Zoo``), of which those that fit the base are taken and whose recorded merges count as ``known``.
+    ``base``: what they were fine-tuned from; without it nothing is predicted unless merges were measured. ``known``:
+    measured merges of these models (a table with ``a, b, method, outcome``; see ``measurements``), which sharpen all
+    else. ``inputs``: a few unlabelled inputs by model name, of that model's task: models are merged in memory, and how
+    often the merged one answers as the single one does counts as an uncertain measurement. ``checks``: do the
+    preflight; without, only names and shapes are looked at. ``prior``: another merge-ability model than that which
+    comes with weightspace, or the folder that ``weightspace train merge`` wrote it to.
 
-    Raises ``WeightspaceError`` for fewer than two models, more than 64, unknown methods, and files that cannot be read.
+    Protected models are scored as they are once undone (``report.undone``); models that do not fit are left out and
+    named. Of more than 64 models all pairs are ranked, but measured merges cannot be taken into account.
+
+    Raises ``WeightspaceError`` for fewer than two models, more than 512, unknown methods, measurements that make no
+    sense, and files that cannot be read.
     """
-    from weightspace.mergeability.prior import COVERAGE, shipped
+    from weightspace.zoo.progress import bar
 
     started = time.perf_counter()
-    from weightspace.mergeability.preflight import _name, _named, _opened
+    using = _prior(prior)
+    unknown = [m for m in methods if m not in using.methods]
+    if unknown or not methods:
+        found = repr(unknown[0]) if unknown else "no method"
+        raise WeightspaceError(f"nothing was learned about {found}; expected some of {', '.join(using.methods)}")
+    origin = None if base is None else opened(base)
+    folder = _population(models)
+    left: dict[str, str] = {}
+    unreadable: Mapping[str, str] = {}
+    measured = list(read_measurements(known))
+    if folder is not None:
+        from weightspace.mergeability.candidates import candidates
+        from weightspace.zoo import Zoo
 
-    named = {n: _opened(m) for n, m in _named(models).items()}
-    names = tuple(named)
-    if len(names) < 2:
-        raise WeightspaceError(f"{len(names)} models were given, two or more were expected")
-    if len(names) > _MOST:
-        raise WeightspaceError(f"{len(names)} models were given; at most {_MOST} are scored at once: choose some")
-    origin = None if base is None else _opened(base)
-    base_name = None if base is None else _name(base, "base")
-    prior = prior or shipped()
-    unknown = [m for m in methods if m not in prior.methods]
-    if unknown:
-        raise WeightspaceError(f"nothing was learned about {unknown[0]!r}; expected some of {', '.join(prior.methods)}")
-    flight = None
-    if checks:
-        flight = preflight(named, origin if origin is None else base, wiring=wiring)
-    measured, notes = _about(read_measurements(known), names, set(prior.methods))
-    wiring, why = _wiring(wiring, named[names[0]] if origin is None else origin)
-    try:
-        comparison = compare(named, origin, wiring)
-    except WeightspaceError as error:
-        notes.append(f"nothing is predicted: {error}")
-        return MergeReport(names, base_name, flight, (), measured, tuple(notes), None, time.perf_counter() - started)
-    if why:
-        notes.append(why)
-    sets = _sets(len(names), measured, names)
-    cells = Cells.of(sets, len(names))
-    proved = wiring is not None and wiring.proved
-    inside = [prior.applicability(comparison, s, proved) for s in sets]
-    means = _means(prior, comparison, sets, named, origin, wiring if proved else None, notes)
-    wanted = list(methods) + ([BARRIER] if BARRIER in prior.methods and BARRIER not in methods else [])
-    found: dict[str, list[Prediction]] = {}
-    state = {}
-    for method in wanted:
-        expected = means[:, prior.methods.index(method)]
-        model, observed = _effects(prior, method, cells, expected, measured, sets, names)
-        if inputs:
-            observed = _agreements(method, inputs, named, origin, wiring, sets, cells, observed, notes)
-        posterior = model.posterior(observed)
-        before = model.posterior()
-        state[method] = (model, observed)
-        done = {m.models: m for m in measured if m.method == method}
-        helped = bool(done)
-        found[method] = [
-            _prediction(
-                prior, comparison, method, cells.where(s), members, names, posterior, before, inside[s], done, helped,
-                COVERAGE, explain=s == 0,
+        if wiring is None and origin is not None:
+            wiring, _ = _wiring(None, origin)
+        with bar("choosing", 0, progress) as step:
+            chosen = candidates(folder, origin, wiring, step)
+        left, unreadable = dict(chosen.left), chosen.unreadable
+        measured = [*Zoo(folder).merges(), *measured]
+        given: dict[str, Model] = dict(chosen.models)
+        if len(given) < 2:
+            raise WeightspaceError(
+                f"{len(given)} models of {folder} can be candidates, two or more were expected; "
+                + _reasons({**left, **unreadable})
             )
-            for s, members in enumerate(sets)
-        ]  # fmt: skip
-    shown = [s for s, members in enumerate(sets) if s == 0 or len(members) == 2]
-    merges = tuple(
-        Scored(tuple(names[i] for i in sets[s]), {m: found[m][s] for m in wanted if m != BARRIER or len(sets[s]) == 2})
-        for s in shown
-    )
-    return MergeReport(
-        names, base_name, flight, merges, measured, tuple(notes), comparison, time.perf_counter() - started, state,
-        cells, tuple(sets),
-    )  # fmt: skip
+    else:
+        given = named(models)  # type: ignore[arg-type]
+    _count(len(given), bool(measured))
+    origin_name = base if base is not None and origin is not None and origin.path is not None else origin
+    with bar("looking", 2 * len(given) if checks else 0, progress) as step:
+        flight = fly(given, origin_name, wiring=wiring, checks=CHECKS if checks else _HEADERS, step=step)
+    return _Scoring(flight, using, tuple(methods), tuple(latest(measured)), inputs, left, unreadable, started).report()
+
+
+def _prior(prior: Prior | str | os.PathLike[str] | None) -> Prior:
+    from weightspace.mergeability.prior import Prior, shipped
+
+    if prior is None:
+        return shipped()
+    return Prior.load(Path(prior)) if isinstance(prior, str | os.PathLike) else prior
+
+
+def _population(models: Any) -> Path | None:
+    """The folder of models that was given, if it is one."""
+    from weightspace.mergeability.candidates import is_population
+
+    folder = getattr(models, "folder", None)
+    if isinstance(folder, Path):
+        return folder
+    if isinstance(models, str | os.PathLike) and is_population(Path(models)):
+        return Path(models)
+    return None
+
+
+def _count(count: int, measured: bool) -> None:
+    if count < 2:
+        raise WeightspaceError(f"{count} models were given, two or more were expected (or a folder of them)")
+    if count > MOST:
+        raise WeightspaceError(
+            f"{count} models were given, at most {MOST} are scored at once; choose by task or by date, or score parts "
+            "of them and then the best of each"
+        )
+    if measured and count > JOINT:
+        raise WeightspaceError(
+            f"{count} models were given with measured merges, which can be taken into account for at most {JOINT} "
+            "models at once: rank them without first (known=None), and score the most promising with them"
+        )
+
+
+def _reasons(left: Mapping[str, str], most: int = 5) -> str:
+    often = Counter(left.values())
+    told = [f"{why} ({n} models)" if n > 1 else f"{next(k for k, v in left.items() if v == why)}: {why}"
+            for why, n in often.most_common(most)]  # fmt: skip
+    return "; ".join(told) or "it holds no other models"
+
+
+class _Scoring:
+    """What is worked out for one report."""
+
+    def __init__(
+        self, flight: Flight, prior: Prior, methods: tuple[str, ...], measured: tuple[Measurement, ...],
+        inputs: Mapping[str, Any] | None, left: dict[str, str], unreadable: Mapping[str, str], started: float,
+    ) -> None:  # fmt: skip
+        self.flight, self.prior, self.methods, self.inputs = flight, prior, methods, inputs
+        self.left, self.unreadable, self.started = left, unreadable, started
+        self.notes: list[str] = []
+        self.models: dict[str, Checkpoint] = {}
+        self._choose()
+        self.names = tuple(self.models)
+        self.measured, notes = _about(measured, self.names, {*prior.methods})
+        self.notes += notes
+        self.base, self.wiring = flight.base, flight.wiring
+        self.comparison: Comparison | None = None
+
+    def _choose(self) -> None:
+        """The models that can be compared, protected ones undone; why the others cannot."""
+        from weightspace.checkpoint import from_tensors
+
+        f = self.flight
+        if f.base is not None and (f.base_name or "base") in f.broken:
+            self.left |= dict.fromkeys(f.models, f"{f.base_name} has values that are not finite")
+            return
+        for name, model in f.models.items():
+            why = next((x.found for x in f.findings if x.severity == "stop" and name in x.models), "")
+            if name in f.unusable or name in f.unlike or name in f.broken:
+                if name in f.unlike and not why:
+                    # It has more tensors than the others; what they have in common can be compared.
+                    self.models[name] = model
+                    continue
+                self.left[name] = why or "its tensors are others"
+            elif name in f.undone:
+                self.models[name] = from_tensors(f.undone[name])
+                self.notes.append(
+                    f"{name} was moved inside its orbit; it was scored as it is once that is undone, which computes "
+                    "the same: merge the undone copy, not the file"
+                )
+            else:
+                self.models[name] = model
+
+    def report(self) -> MergeReport:
+        if len(self.models) < 2:
+            what = "fewer than two models can be compared"
+            return self._empty(f"{what} ({_reasons(self.left)})" if self.left else what)
+        if self.wiring is None:
+            self.wiring, why = _wiring(self.flight.given_wiring, self.flight.reference[1])
+        else:
+            why = "" if self.wiring.proved else f"the wiring is {self.wiring.status}, not proved"
+        proved = self.wiring is not None and self.wiring.proved
+        try:
+            comparison = self._compare()
+        except (WeightspaceError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            said = str(error) if isinstance(error, WeightspaceError) else "there are values that are not finite"
+            return self._empty(f"nothing can be compared: {said}")
+        if why:
+            self.notes.append(why)
+        self.comparison = comparison
+        sets = _sets(len(self.names), self.measured, self.names)
+        cells = Cells.of(sets, len(self.names))
+        inside = [self.prior.applicability(comparison, s, proved) for s in sets]
+        means = self._means(sets, proved)
+        wanted = list(self.methods)
+        if BARRIER in self.prior.methods and BARRIER not in wanted:
+            wanted.append(BARRIER)
+        found: dict[str, list[Prediction]] = {}
+        state: dict[str, tuple[Outcome, Observed | None]] = {}
+        for method in wanted:
+            expected = means[:, self.prior.methods.index(method)]
+            found[method], kept = self._method(method, expected, sets, cells, inside)
+            if kept is not None:
+                state[method] = kept
+        shown = [s for s, members in enumerate(sets) if s == 0 or len(members) == 2]
+        merges = tuple(
+            Scored(
+                tuple(self.names[i] for i in sets[s]),
+                {m: found[m][s] for m in wanted if m != BARRIER or len(sets[s]) == 2},
+                self._terms(sets[s]),
+            )
+            for s in shown
+        )
+        return MergeReport(
+            self.names, self.flight.base_name, self.flight.report(), merges, self.measured, tuple(self.notes),
+            comparison, self.left, self.unreadable, time.perf_counter() - self.started, state, cells, tuple(sets),
+        )  # fmt: skip
+
+    def _empty(self, why: str) -> MergeReport:
+        self.notes.insert(0, why)
+        return MergeReport(
+            self.names, self.flight.base_name, self.flight.report(), (), self.measured, tuple(self.notes), None,
+            self.left, self.unreadable, time.perf_counter() - self.started,
+        )  # fmt: skip
+
+    def _compare(self) -> Comparison:
+        reference = self.flight.reference[1]
+        small = reference.num_parameters < 1_000_000 or self.base is None
+        few = len(self.names) <= 4 and reference.num_parameters <= _MATCHED
+        self.matched = self.wiring is not None and (small or few)
+        found = compare(self.models, self.base, self.wiring, matching=self.matched)
+        values = (found.own, found.pairs, found.changes, found.whole, found.scale)
+        if not all(bool(np.isfinite(v).all()) for v in values):
+            raise WeightspaceError("some weights are not finite, or so large that their squares are not")
+        return found
+
+    def _terms(self, members: tuple[int, ...]) -> dict[str, float]:
+        assert self.comparison is not None
+        terms = terms_of(self.comparison, members)
+        if not self.matched:
+            del terms["axis misalignment"]
+        return terms
+
+    def _means(self, sets: Sequence[tuple[int, ...]], proved: bool) -> Array:
+        """What the prior expects of every cell by every method, on the link scale."""
+        assert self.comparison is not None
+        reader = None
+        if self.prior.metanet is not None and self.base is not None and self.wiring is not None and proved:
+            count = sum(len(s) for s in sets)
+            if self.comparison.parameters <= _READ and count <= _CELLS:
+                from weightspace.mergeability.metanet import Reader
+
+                reader = Reader(_whole(self.base), [_whole(c) for c in self.models.values()], self.wiring)
+            else:
+                self.notes.append("the metanet was not asked (too many weights or merges); the forest of features was")
+        return self.prior.cells(self.comparison, sets, reader)
+
+    def _method(
+        self, method: str, expected: Array, sets: Sequence[tuple[int, ...]], cells: Cells,
+        inside: Sequence[Applicability],
+    ) -> tuple[list[Prediction], tuple[Outcome, Observed | None] | None]:  # fmt: skip
+        """Predictions of all merges by one method, and what they came from."""
+        if len(self.names) > JOINT:
+            every = [self._alone(method, expected[cells.where(s)], m, inside[s], s == 0) for s, m in enumerate(sets)]
+            return every, None
+        seen = [m for m in self.measured if m.method == method]
+        observed = _observed(method, seen, expected, sets, cells, self.names)
+        if self.inputs:
+            observed = self._agreements(method, sets, cells, observed)
+        outside = not any(a.inside for a in inside)
+        if outside and observed is not None:
+            # What was learned says nothing here: only what was measured counts, with effects of its own.
+            expected = np.full(len(cells), float(link(np.array([0.8]))[0]))
+            observed = _observed(method, seen, expected, sets, cells, self.names)
+            if self.inputs:
+                observed = self._agreements(method, sets, cells, observed)
+            assert observed is not None
+            model = _flat(cells, expected, observed)
+        else:
+            terms = [t for t in effect_terms(cells) if t.name in self.prior.variances[method]]
+            model = Outcome(tuple(terms), dict(self.prior.variances[method]), expected)
+        before, after = model.posterior(), model.posterior(observed)
+        done = {frozenset(m.models): m for m in seen}
+        found = []
+        for s, members in enumerate(sets):
+            who, at = tuple(self.names[i] for i in members), cells.where(s)
+            exact = done.get(frozenset(who))
+            if exact is not None:
+                by_model = dict(zip(exact.models, exact.retained, strict=False))
+                value = exact.outcome
+                found.append(Prediction(method, value, value, value, _COVERAGE, by_model, {}, inside[s], True))
+            elif not inside[s].inside and observed is None:
+                found.append(_nothing(method, inside[s]))
+            elif outside:
+                low, high = outcome_interval(after, at, _COVERAGE)
+                terms_ = {"measured merges": retained(after, at) - retained(before, at)} if s == 0 else {}
+                value = retained(after, at)
+                found.append(self._prediction(method, value, low, high, unlink(after.mean[at]), who, terms_, inside[s]))
+            else:
+                share = np.diag(after.covariance)[at].sum() / max(np.diag(before.covariance)[at].sum(), 1e-12)
+                found.append(self._expected(
+                    method, after.mean[at], before.mean[at], math.sqrt(max(float(share), 0.0)), members, inside[s],
+                    s == 0,
+                ))  # fmt: skip
+        return found, (model, observed) if observed is not None or any(a.inside for a in inside) else None
+
+    def _alone(
+        self, method: str, mean: Array, members: tuple[int, ...], inside: Applicability, explain: bool
+    ) -> Prediction:
+        if not inside.inside:
+            return _nothing(method, inside)
+        return self._expected(method, mean, mean, 1.0, members, inside, explain)
+
+    def _expected(
+        self, method: str, mean: Array, before: Array, left: float, members: tuple[int, ...], inside: Applicability,
+        explain: bool,
+    ) -> Prediction:  # fmt: skip
+        """A prediction with a conformal interval, of which ``left`` is left after measurements."""
+        assert self.comparison is not None
+        value = float(unlink(mean).mean())
+        reach = float(self.prior.spreads[method].reach(np.array([value]), _COVERAGE)[0]) * left
+        low, high = max(value - reach, 0.0), min(value + reach, CEILING)
+        terms = {}
+        if explain:
+            slope = float((CEILING - unlink(mean)).mean())
+            terms = {k: slope * t for k, t in self.prior.terms(self.comparison, members, method).items()}
+            terms["measured merges"] = value - float(unlink(before).mean())
+        return self._prediction(
+            method, value, low, high, unlink(mean), tuple(self.names[i] for i in members), terms, inside
+        )
+
+    def _prediction(
+        self, method: str, value: float, low: float, high: float, by_model: Array, who: tuple[str, ...],
+        terms: Mapping[str, float], inside: Applicability,
+    ) -> Prediction:  # fmt: skip
+        if method == BARRIER:
+            turned = {name: -t for name, t in terms.items()}
+            return Prediction(method, 1 - value, 1 - high, 1 - low, _COVERAGE, {}, turned, inside)
+        kept = {n: float(v) for n, v in zip(who, by_model, strict=True)}
+        return Prediction(method, value, low, high, _COVERAGE, kept, terms, inside)
+
+    def _agreements(
+        self, method: str, sets: Sequence[tuple[int, ...]], cells: Cells, observed: Observed | None
+    ) -> Observed | None:
+        """How often merged networks answer as single ones do, as uncertain measurements of the cells."""
+        from weightspace.merge import merge
+
+        inputs = self.inputs
+        if method == BARRIER or not inputs:
+            return observed
+        wiring = self.wiring
+        if wiring is None or wiring.program is None or not wiring.proved:
+            raise WeightspaceError(
+                "inputs are of use where the network can be run: its wiring must be found and proved (give wiring= of "
+                "the module with example inputs)"
+            )
+        unknown = sorted(set(inputs) - set(self.names))
+        if unknown:
+            raise WeightspaceError(
+                f"inputs are given for {unknown[0]!r}, which is none of the models: {', '.join(self.names)}"
+            )
+        asked_of = [(s, members) for s, members in enumerate(sets) if any(self.names[i] in inputs for i in members)]
+        size = wiring.program.tensors
+        work = len(asked_of) * sum(math.prod(t.shape) for t in size.values())
+        if work > _WORK:
+            asked_of = asked_of[:1]
+            self._note("inputs were used for the first merge alone: to merge and run all would take long")
+        alone: dict[int, torch.Tensor] = {}
+        for s, members in asked_of:
+            merged = merge([self.models[self.names[i]] for i in members], method, base=self.base).tensors
+            assert merged is not None
+            for i in members:
+                name = self.names[i]
+                if name not in inputs:
+                    continue
+                if i not in alone:
+                    alone[i] = _answers(wiring, self.models[name], inputs[name], name)
+                same = (_answers(wiring, merged, inputs[name], name) == alone[i]).double()
+                count = same.numel()
+                share = (float(same.sum()) + 1) / (count + 2)
+                at = next(int(c) for c in cells.where(s) if cells.own[c] == i)
+                # A share of n answers, seen through the link; and agreement is not quite accuracy retained.
+                slope = 1 / max(CEILING - share, 0.02)
+                row = Observed.cells([at], np.array([share]), len(cells))
+                row = Observed(row.design, row.values, np.array([slope**2 * share * (1 - share) / count + 0.1]))
+                observed = row if observed is None else observed.and_(row)
+        return observed
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
 
 # -------------------------------------------------------------------- parts
+
+
+def _nothing(method: str, inside: Applicability) -> Prediction:
+    nan = float("nan")
+    return Prediction(method, nan, nan, nan, _COVERAGE, {}, {}, inside)
 
 
 def _about(
     measured: Sequence[Measurement], names: Sequence[str], methods: set[str]
 ) -> tuple[tuple[Measurement, ...], list[str]]:
     """Measurements about these models, under their names here; what was left out as notes."""
-    stems = {n: n for n in names}
+    short: dict[str, set[str]] = {}
     for name in names:
-        stem = name.rsplit(".", 1)[0]
-        stems.setdefault(stem, name)
+        for text in (Path(name).name, name.rsplit(".", 1)[0], Path(name).name.rsplit(".", 1)[0]):
+            short.setdefault(text, set()).add(name)
+
+    def here_of(text: str) -> str | None:
+        """A model by its name, its path or its file's name without the ending, where that is one model's alone."""
+        if text in names:
+            return text
+        found = next((short[t] for t in (text, Path(text).name) if t in short), set())
+        return next(iter(found)) if len(found) == 1 else None
+
     kept, others, foreign = [], 0, set()
     for m in measured:
-        here = [stems.get(x) or stems.get(Path(x).name) for x in m.models]
-        if any(h is None for h in here):
+        here = [here_of(x) for x in m.models]
+        if any(h is None for h in here) or len(set(here)) < len(here):
             others += 1
         elif m.method not in methods:
             foreign.add(m.method)
@@ -371,37 +496,13 @@ def _sets(count: int, measured: Sequence[Measurement], names: Sequence[str]) -> 
     return list(sets)
 
 
-def _means(
-    prior: Prior, comparison: Comparison, sets: Sequence[tuple[int, ...]], named: Mapping[str, Checkpoint],
-    base: Checkpoint | None, wiring: Wiring | None, notes: list[str],
-) -> Array:  # fmt: skip
-    reader = None
-    if prior.metanet is not None and base is not None and wiring is not None:
-        count = sum(len(s) for s in sets)
-        if comparison.parameters <= _READ and count <= _CELLS:
-            from weightspace.mergeability.metanet import Reader
-
-            reader = Reader(_whole(base), [_whole(c) for c in named.values()], wiring)
-        else:
-            notes.append("the metanet was not asked (too many weights or merges); the forest of features was")
-    return prior.cells(comparison, sets, reader)
-
-
-def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensors[name] for name in tensors}
-
-
-def _effects(
-    prior: Prior, method: str, cells: Cells, expected: Array, measured: Sequence[Measurement],
-    sets: Sequence[tuple[int, ...]], names: Sequence[str],
-) -> tuple[Outcome, Observed | None]:  # fmt: skip
-    """The effects model of one method around what is expected, and what was observed."""
-    terms = [t for t in effect_terms(cells) if t.name in prior.variances[method]]
-    model = Outcome(tuple(terms), dict(prior.variances[method]), expected)
+def _observed(
+    method: str, measured: Sequence[Measurement], expected: Array, sets: Sequence[tuple[int, ...]], cells: Cells,
+    names: Sequence[str],
+) -> Observed | None:  # fmt: skip
+    """What was measured by one method, on the link scale."""
     observed: Observed | None = None
     for m in measured:
-        if m.method != method:
-            continue
         order = [names.index(x) for x in m.models]
         at = cells.where(sets.index(tuple(sorted(order))))
         if m.retained and method != BARRIER:
@@ -410,7 +511,16 @@ def _effects(
         else:
             row = _averaged(at, 1 - m.outcome if method == BARRIER else m.outcome, expected, len(cells))
         observed = row if observed is None else observed.and_(row)
-    return model, observed
+    return observed
+
+
+def _flat(cells: Cells, expected: Array, observed: Observed) -> Outcome:
+    """Effects of models and merges that nothing is known of but what was measured."""
+    model = Outcome.start(effect_terms(cells), expected)
+    if len(observed.values) >= 3:
+        return model.fit(observed)
+    unit = 0.36
+    return replace(model, variances={name: unit * v for name, v in model.variances.items()})
 
 
 def _averaged(at: NDArray[np.int64], outcome: float, expected: Array, total: int) -> Observed:
@@ -425,91 +535,27 @@ def _averaged(at: NDArray[np.int64], outcome: float, expected: Array, total: int
     return Observed(design, np.array([float(weight @ t)]), np.array([1e-3]))
 
 
-def _agreements(
-    method: str, inputs: Mapping[str, Any], named: Mapping[str, Checkpoint], base: Checkpoint | None,
-    wiring: Wiring | None, sets: Sequence[tuple[int, ...]], cells: Cells, observed: Observed | None, notes: list[str],
-) -> Observed | None:  # fmt: skip
-    """How often merged networks answer as single ones do, as uncertain measurements of the cells."""
-    from weightspace.merge import merge
-
-    if method == BARRIER:
-        return observed
-    if wiring is None or wiring.program is None or not wiring.proved:
-        raise WeightspaceError("inputs are of use where the network can be run: its wiring must be found and proved")
-    names = tuple(named)
-    unknown = sorted(set(inputs) - set(names))
-    if unknown:
-        raise WeightspaceError(f"inputs are given for {unknown[0]!r}, which is none of the models: {', '.join(names)}")
-    program = wiring.program
-    alone: dict[int, torch.Tensor] = {}
-    for members in sets:
-        asked = [i for i in members if names[i] in inputs]
-        if not asked:
-            continue
-        merged = merge([named[names[i]] for i in members], method, base=base).tensors
-        assert merged is not None
-        for i in asked:
-            given = inputs[names[i]]
-            arguments = given if isinstance(given, tuple) else (given,)
-            with torch.no_grad():
-                if i not in alone:
-                    alone[i] = _answer(program.run(_whole(named[names[i]]), *arguments))
-                same = (_answer(program.run(merged, *arguments)) == alone[i]).double()
-            count = same.numel()
-            share = (float(same.sum()) + 1) / (count + 2)
-            at = next(int(c) for c in cells.where(sets.index(members)) if cells.own[c] == i)
-            # A share of n answers, seen through the link; and agreement is not quite accuracy retained.
-            slope = 1 / max(CEILING - share, 0.02)
-            row = Observed.cells([at], np.array([share]), len(cells))
-            row = Observed(row.design, row.values, np.array([slope**2 * share * (1 - share) / count + 0.1]))
-            observed = row if observed is None else observed.and_(row)
-    return observed
+def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensors[name] for name in tensors}
 
 
-def _answer(out: Any) -> torch.Tensor:
-    first = out if isinstance(out, torch.Tensor) else next(x for x in torch.utils._pytree.tree_leaves(out))
+def _answers(wiring: Wiring, tensors: Mapping[str, torch.Tensor], given: Any, name: str) -> torch.Tensor:
+    """The classes (or next tokens) that a network names for its inputs."""
+    assert wiring.program is not None
+    arguments = given if isinstance(given, tuple) else (given,)
+    plain = {n: t.float() if t.is_floating_point() else t for n, t in _whole(tensors).items()}
+    try:
+        with torch.no_grad():
+            out = wiring.program.run(plain, *arguments)
+    except (RuntimeError, TypeError, ValueError, IndexError, WeightspaceError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightspaceError(
+            f"the inputs of {name} do not fit the network ({reason}); expected a tensor, or a tuple of tensors, as the "
+            "module takes them"
+        ) from error
+    first = next(x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
     found: torch.Tensor = first.argmax(-1)
     return found
 
 
-def _prediction(
-    prior: Prior, comparison: Comparison, method: str, at: NDArray[np.int64], members: tuple[int, ...],
-    names: Sequence[str], posterior: Posterior, before: Posterior, inside: Applicability,
-    done: Mapping[tuple[str, ...], Measurement], helped: bool, coverage: float, explain: bool,
-) -> Prediction:  # fmt: skip
-    who = tuple(names[i] for i in members)
-    exact = next((m for k, m in done.items() if set(k) == set(who)), None)
-    barrier = method == BARRIER
-    if exact is not None:
-        by_model = dict(zip(exact.models, exact.retained, strict=False))
-        return Prediction(method, exact.outcome, exact.outcome, exact.outcome, coverage, by_model, {}, inside, True)
-    if not inside.inside and not helped:
-        nan = float("nan")
-        return Prediction(method, nan, nan, nan, coverage, {}, {}, inside)
-    value, expected = retained(posterior, at), retained(before, at)
-    left = float(np.sqrt(np.diag(posterior.covariance)[at].sum() / np.diag(before.covariance)[at].sum()))
-    reach = float(prior.spreads[method].reach(np.array([value]), coverage)[0]) * left
-    low, high = max(value - reach, 0.0), min(value + reach, CEILING)
-    terms = {}
-    if explain:
-        slope = float((CEILING - unlink(posterior.mean[at])).mean())
-        terms = {name: slope * t for name, t in prior.terms(comparison, members, method).items()}
-        terms["measured merges"] = value - expected
-    if barrier:
-        value, low, high = 1 - value, 1 - high, 1 - low
-        terms = {name: -t for name, t in terms.items()}
-    by_model = {} if barrier else {n: float(v) for n, v in zip(who, unlink(posterior.mean[at]), strict=True)}
-    return Prediction(method, value, low, high, coverage, by_model, terms, inside)
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    if isinstance(x, float | np.floating):
-        return float(x) if math.isfinite(x) else None
-    return x
-
-
-__all__ = ["METHODS", "MergeReport", "Prediction", "Scored", "Suggestion", "score"]
+__all__ = ["JOINT", "METHODS", "MOST", "score"]

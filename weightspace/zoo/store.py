@@ -113,7 +113,7 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             raise ZooError(
                 f"the index {database} cannot be opened ({error}); if it is damaged, delete the folder "
-                f"{folder} and index again: it holds nothing that cannot be made again"
+                f"{folder} and index again: only merges.jsonl, if it is there, cannot be made again"
             ) from error
         described = {"dimension": str(dimension), "embedding": version}
         if learned is None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weightspace.checkpoint import Checkpoint
+    from weightspace.mergeability.measurements import Measurement
 
 INDEX_FOLDER = ".weightspace"
 Measure = Literal["encoder", "descriptor"]
@@ -226,6 +227,90 @@ class Zoo:
         """Files that are no checkpoints, each with the reason."""
         with self._store(write=False) as store:
             return store.outcomes("ignored")
+
+    def record_merge(
+        self,
+        models: Sequence[str | os.PathLike[str]],
+        method: str,
+        outcome: float | None = None,
+        *,
+        retained: Sequence[float] = (),
+        merged: Sequence[float] = (),
+        alone: Sequence[float] = (),
+        **facts: Any,
+    ) -> Measurement:
+        """Keep what a merge of this zoo's models was found to retain, for ``ws.score`` to learn from.
+
+        ``models``: two or more files of the zoo, or their names in it. What was found is given in one of three ways:
+        ``outcome``, merged over single accuracy averaged over the models' tasks (0.93); ``retained``, the same for each
+        model's own tasks; or ``merged`` and ``alone``, accuracies of the merged network and of each model by itself on
+        that model's tasks. For the method ``"barrier"`` the outcome is the accuracy lost half way between two models.
+        ``facts``: what else is worth keeping (the base, hyper-parameters, data), as values that JSON has.
+
+        Added to ``merges.jsonl`` in the index's folder; a merge that is measured again counts with its last outcome.
+        Raises ``WeightspaceError`` for models that are not in the zoo and outcomes that make no sense.
+        """
+        from datetime import UTC, datetime
+
+        from weightspace.errors import WeightspaceError
+        from weightspace.mergeability.measurements import as_measurement
+        from weightspace.zoo import merges
+
+        names = [self._name_of(model) for model in models]
+        if merged or alone:
+            if retained or not len(merged) == len(alone) == len(names) or min(alone) <= 0:
+                raise WeightspaceError(
+                    f"found {len(merged)} accuracies of the merged model and {len(alone)} of models alone; expected "
+                    f"one above 0 of each for every one of the {len(names)} models"
+                )
+            retained = [m / a for m, a in zip(merged, alone, strict=True)]
+        row = {"models": names, "method": method, "outcome": outcome, "retained": list(retained)}
+        found = as_measurement(row, "the merge to record")
+        files = {name: merges.stamp(self._file_of(name)) for name in names}
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        given = {"merged": list(merged), "alone": list(alone)} if merged else {}
+        try:
+            merges.append(
+                self.index_folder / merges.FILE,
+                {**facts, **row, "outcome": found.outcome, "files": files, "when": when, **given},
+            )
+        except TypeError as error:
+            raise WeightspaceError(f"facts about a merge have to be values that JSON has ({error})") from None
+        return found
+
+    def merges(self) -> tuple[Measurement, ...]:
+        """The measured merges that were recorded, each with its last outcome; see ``record_merge``.
+
+        Those whose models' files are no longer what they were do not count.
+        """
+        from weightspace.mergeability.measurements import as_measurement, latest
+        from weightspace.zoo import merges
+
+        path = self.index_folder / merges.FILE
+        same: dict[tuple[str, str], bool] = {}
+        kept = []
+        for number, row in enumerate(merges.read(path), 1):
+            files = row.get("files") or {}
+            for name, known in files.items():
+                if (name, str(known)) not in same:
+                    same[name, str(known)] = merges.unchanged(self._file_of(name), known)
+            if all(same[name, str(known)] for name, known in files.items()):
+                kept.append(as_measurement(row, f"{path}, line {number}"))
+        return latest(kept)
+
+    def _name_of(self, model: str | os.PathLike[str]) -> str:
+        """The name in this zoo of a file, or of what is named already."""
+        text = os.fspath(model)
+        path, _, member = (text, "", "") if (self.folder / text).exists() or "!" not in text else text.partition("!")
+        for place in (self.folder / path, Path(path)):
+            resolved = place.resolve()
+            if resolved.exists() and resolved != self.folder and resolved.is_relative_to(self.folder):
+                return resolved.relative_to(self.folder).as_posix() + (f"!{member}" if member else "")
+        raise ZooError(f"there is no model {text} in {self.folder}; name files of this folder")
+
+    def _file_of(self, name: str) -> Path:
+        path = self.folder / name
+        return path if path.exists() or "!" not in name else self.folder / name.partition("!")[0]
 
     @contextmanager
     def _store(self, write: bool, encoder: bool = False) -> Iterator[Store]:
