@@ -10,6 +10,7 @@ head is mapped so that both sides come nearest, in the sense of squares. Only ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from weightspace.align.linear_symmetries import LinearSymmetry, linear_symmetrie
 from weightspace.align.weight_matching import weight_matching
 from weightspace.errors import AlignmentError
 from weightspace.wiring.matching import Matching, assign, float32, tensor_weights
-from weightspace.wiring.places import Place, places
+from weightspace.wiring.places import Place, places, places_of
 from weightspace.wiring.proof import TOLERANCE, distance, is_rounding, run
 from weightspace.wiring.wiring import Permutation, Wiring
 
@@ -33,72 +34,97 @@ def attention(
     """Permutations, and proved linear maps on top of them: ``maps`` has those, by ``LinearSymmetry.name``.
 
     ``stream``: rotate residual streams where that is a symmetry; ``inside``: map the channels inside heads. A map stays
-    only where it brings the two networks nearer. ``steps``: of Gauss-Newton-like descent for each head's map.
-    ``rounds``: of permutations and rotations in turn, where there is a stream to rotate.
+    only where it brings the two networks nearer. ``steps``: of descent (L-BFGS) for each head's map. ``rounds``: of
+    permutations and rotations in turn, where there is a stream to rotate.
 
-    The function of b stays: the outputs on the wiring's example inputs are compared at the end, and
-    ``AlignmentError`` is raised where they differ by more than 1e-5. The maps take effect on b in the order streams,
-    permutations, heads. Gains of norms are folded out for a rotation and folded in again as those of a.
+    The maps take effect on b in the order streams, permutations, heads, in float64; dtypes come back at the end. Gains
+    of norms are folded out for a rotation and folded in again as those of a; where a gain of either network is
+    (nearly) zero that cannot be done, and the stream stays as it lies (``diagnostics["not rotated"]``).
+
+    The function of b stays: the outputs on the wiring's example inputs are compared at the end. Raises
+    ``AlignmentError`` where they differ by more than 1e-5, ``UnprovedWiringError`` for a wiring that no run has proved.
     """
-    now: Tensors = dict(b)
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in b.items()}
     found = linear_symmetries(wiring)
     general = {s.factor for s in found if s.kind == "general"}
     streams = [s for s in found if s.kind == "orthogonal" and s.factor not in general] if stream else []
+    closed = [s for s in streams if not (_open(s, a) and _open(s, b))]
+    streams = [s for s in streams if s not in closed]
     heads = [s for s in found if s.kind != "orthogonal"] if inside else []
     maps: dict[str, Tensor] = {}
-    plain = weight_matching(a, b, wiring, seed=seed)
-    element = plain.permutations
-    moved = wiring.apply(element, b)
+    element = weight_matching(a, b, wiring, seed=seed).permutations
+    moved = wiring.apply(element, wide)
+    plain = _apart(a, moved, wiring)
+    now, inner_maps, exchanged = _map_heads(a, moved, wiring, heads, steps)
     if streams:
-        turned, turns, other = _turn(a, b, wiring, streams, rounds, seed)
-        if _apart(a, turned, wiring) < _apart(a, moved, wiring):
-            moved, element, maps = turned, other, turns
-    now = moved
-    exchanged = _match_heads(a, now, wiring, heads)
-    if not exchanged.is_identity:
-        element = element.compose(exchanged)
-        now = wiring.apply(exchanged, now)
-    for s in heads:
-        m = _map(a, now, s, steps)
-        after = s.act(m, now)
-        if _gap(a, after, s.tensors) < (1 - 1e-9) * _gap(a, now, s.tensors):
-            maps[s.name] = m
-            now = after
-    error = _check(wiring, b, now)
-    costs = Matching(wiring, float32(a), float32(now))
+        turned, turns, other = _turn(a, wide, wiring, streams, heads, rounds, seed)
+        ended, other_maps, swapped = _map_heads(a, turned, wiring, heads, steps)
+        if _apart(a, ended, wiring) < _apart(a, now, wiring):
+            element, maps = other, turns
+            now, inner_maps, exchanged = ended, other_maps, swapped
+    element = element.compose(exchanged)
+    maps |= inner_maps
+    error = _check(wiring, b, wide, now)
+    aligned = {n: t.to(b[n].dtype) for n, t in now.items()}
+    costs = Matching(wiring, float32(a), float32(aligned))
     return Found(
         element,
         {f: costs.similarity(f) for f in costs.factors},
         {
             "error": error,
             "proved": {s.name: {"kind": s.kind, "error": s.error} for s in found},
-            "distance": {"permutations": _apart(a, moved, wiring) ** 0.5, "maps": _apart(a, now, wiring) ** 0.5},
+            "not rotated": [s.name for s in closed],
+            "distance": {"permutations": plain**0.5, "maps": _apart(a, now, wiring) ** 0.5},
         },
         maps,
-        now,
+        aligned,
     )
 
 
+def _open(s: LinearSymmetry, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all gains that a rotation needs folded can be divided by."""
+    gains = [tensors[n].double().abs() for n, _ in s.folded]
+    return all(float(g.min()) > 1e-3 * float(g.max()) for g in gains)
+
+
+def _map_heads(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], wiring: Wiring, heads: list[LinearSymmetry], steps: int
+) -> tuple[Tensors, dict[str, Tensor], Permutation]:
+    """b with its heads laid on a's and mapped inside; the maps, and how the heads were exchanged before."""
+    exchanged = _match_heads(a, b, wiring, heads)
+    now = dict(b) if exchanged.is_identity else wiring.apply(exchanged, b)
+    maps = {}
+    for s in heads:
+        m = _map(a, now, s, steps)
+        after = s.act(m, now)
+        if _gap(a, after, s.tensors) < (1 - 1e-9) * _gap(a, now, s.tensors):
+            maps[s.name] = m
+            now = after
+    return now, maps, exchanged
+
+
 def _turn(
-    a: Mapping[str, Tensor], b: Mapping[str, Tensor], wiring: Wiring, streams: list[LinearSymmetry], rounds: int,
-    seed: int,
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], wiring: Wiring, streams: list[LinearSymmetry],
+    heads: list[LinearSymmetry], rounds: int, seed: int,
 ) -> tuple[Tensors, dict[str, Tensor], Permutation]:  # fmt: skip
     """Rotations of the streams and permutations of all else, in turn, each the best while the others stay.
 
-    The first rotation goes by those tensors alone that carry no other free factor (embeddings, outputs).
+    The first rotation goes by those tensors alone that carry no other free factor (embeddings, outputs); the later ones
+    see the heads after the best maps inside them.
     """
     names = [s.factor for s in streams]
     still = wiring.pinning(names, "rotated")
-    goal, now = dict(a), dict(b)
+    goal, now = {n: t.double() if t.is_floating_point() else t for n, t in a.items()}, dict(b)
     for s in streams:
         goal, now = s.fold(goal), s.fold(now)
     turns = {s.name: torch.eye(s.size, dtype=torch.float64) for s in streams}
     element = wiring.identity()
     for k in range(rounds):
+        seen = now if k == 0 else _map_heads(goal, now, wiring, heads, 0)[0]
         for s in streams:
-            rows = [p for p, _ in s.sides if not p.others] if k == 0 else [p for p, _ in s.sides]
-            q = _polar(_cross(goal, now, rows or [p for p, _ in s.sides]))
-            now = s.act(q, now)
+            rows = [p for p, _ in s.sides if not p.others] if k == 0 else []
+            q = _polar(_cross(goal, seen, rows or [p for p, _ in s.sides]))
+            now, seen = s.act(q, now), s.act(q, seen)
             turns[s.name] = q @ turns[s.name]
         step = weight_matching(goal, now, still, seed=seed, kicks=0).permutations
         if k and step.is_identity:
@@ -131,7 +157,8 @@ def _match_heads(
 ) -> Permutation:
     """Heads laid on heads by the products of their two sides, which no map inside changes; kept where that is better.
 
-    Only for factors that nothing but mapped channels is fibred over: heads that share keys are left as they lie.
+    Where several heads of queries share one of keys, groups are laid on groups, each pair with the best match inside.
+    Heads with more than that inside them are left as they lie.
     """
     index: dict[str, Tensor] = {}
     by_head: dict[str, list[LinearSymmetry]] = {}
@@ -141,49 +168,107 @@ def _match_heads(
     for head, own in by_head.items():
         factor = wiring.free.get(head)
         mapped = {s.factor for s in own}
-        inner = {f for f, x in wiring.free.items() if head in x.over and x.size > 1}
-        if factor is None or factor.over or factor.size < 2 or inner - mapped:
+        inside = [f for f, x in wiring.free.items() if head in x.over and x.size > 1 and f not in mapped]
+        if factor is None or factor.over or factor.size < 2 or len(inside) > 1:
             continue
-        total = torch.zeros(factor.size, factor.size, dtype=torch.float64)
+        group = inside[0] if inside else None
+        if group is not None:
+            beside = any(_beside(wiring, group, p) for s in own for p, _ in s.sides)
+            if wiring.free[group].over != (head,) or not beside:
+                continue
+        n, size = factor.size, 1 if group is None else wiring.free[group].size
+        alone = torch.zeros(n, n, dtype=torch.float64)
+        within = torch.zeros(n, size, n, size, dtype=torch.float64)
         for s in own:
-            total += _invariant(a, b, s)
+            found = _invariant(a, b, s, wiring, head, group)
+            if found.shape == (n, 1, n, 1):
+                alone += found[:, 0, :, 0]
+            else:
+                within += found
         # What heads carry besides: biases of scores, gains per head.
         own_tensors = set().union(*(s.tensors for s in own))
         for p in places(wiring)[head]:
-            if p.tensor not in own_tensors and not p.repeated and a[p.tensor].is_floating_point():
+            if p.tensor not in own_tensors and not p.repeated and group not in p.others:
+                if not a[p.tensor].is_floating_point():
+                    continue
                 x, y = p.view(a[p.tensor]).double(), p.view(b[p.tensor]).double()
-                total += (x @ y.T) / (x.norm() * y.norm() + 1e-30)
+                alone += (x @ y.T) / (x.norm() * y.norm() + 1e-30)
+        pairs = within.permute(0, 2, 1, 3)
+        inner = assign(pairs)
+        total = alone + pairs.gather(-1, inner.unsqueeze(-1)).sum((-1, -2))
         best = assign(total)
-        if float(total[torch.arange(len(best)), best].sum() - total.trace()) > 1e-6 * float(total.abs().sum()):
+        rows = torch.arange(n)
+        stays = float(alone.trace() + within.reshape(n * size, n * size).trace())
+        if float(total[rows, best].sum()) - stays > 1e-6 * float(total.abs().sum()):
             index[head] = best
+            if group is not None:
+                index[group] = inner[rows, best]
     return Permutation(index, wiring.factors)
 
 
-def _invariant(a: Mapping[str, Tensor], b: Mapping[str, Tensor], s: LinearSymmetry) -> Tensor:
-    """``<X_i, Y_j>`` of the products ``X = up^T down`` of two networks' heads, relative to their lengths: (h, h)."""
-    up, down = (
-        [torch.cat([p.view(m[p.tensor]).double() for p, e in s.sides if e == side], -1) for m in (a, b)]
-        for side in (1, -1)
-    )
+def _beside(wiring: Wiring, factor: str, place: Place) -> bool:
+    """Whether a factor lies in the very positions of a place."""
+    return any((q.tensor, q.dims, q.block) == (place.tensor, place.dims, place.block) for q in places(wiring)[factor])
+
+
+def _sides(
+    m: Mapping[str, Tensor], s: LinearSymmetry, wiring: Wiring, head: str, group: str | None
+) -> tuple[Tensor, Tensor]:
+    """The two sides of every head, ``(heads, group, d, rest)`` each; one entry for a group where a side has none."""
+    out = []
+    for side in (1, -1):
+        views = []
+        for p, e in s.sides:
+            if e != side:
+                continue
+            if group is None or not _beside(wiring, group, p):
+                views.append(p.view(m[p.tensor]).double().unsqueeze(1))
+                continue
+            part = wiring.with_(
+                layouts={p.tensor: wiring.layouts[p.tensor]}, shapes={p.tensor: wiring.shapes[p.tensor]}
+            )
+            named = replace(wiring.factors[s.factor], over=(head, group))
+            factors = {head: wiring.factors[head], group: wiring.factors[group], s.factor: named}
+            rows = places_of(part, factors)[s.factor]
+            (same,) = [q for q in rows if (q.dims, q.block) == (p.dims, p.block)]
+            views.append(same.view(m[p.tensor]).double())
+        most = max(v.shape[1] for v in views)
+        out.append(torch.cat([v.expand(-1, most, -1, -1) for v in views], -1))
+    return out[0], out[1]
+
+
+def _invariant(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], s: LinearSymmetry, wiring: Wiring, head: str, group: str | None
+) -> Tensor:
+    """``<X_i, Y_j>`` of the products ``X = up^T down`` of two networks' heads, relative to their lengths.
+
+    ``(heads, group, heads, group)``, with one entry for a group where neither side has any.
+    """
+    (up_a, down_a), (up_b, down_b) = (_sides(m, s, wiring, head, group) for m in (a, b))
+    up, down = [up_a, up_b], [down_a, down_b]
     if s.kind == "rotary":
         # A pair of positions is one complex number: every frequency keeps a product of its own.
         assert s.pairs is not None
-        up, down = ([torch.complex(x[:, s.pairs[0]], x[:, s.pairs[1]]) for x in row] for row in (up, down))
+        up, down = ([torch.complex(x[:, :, s.pairs[0]], x[:, :, s.pairs[1]]) for x in row] for row in (up, down))
 
         def both(i: int, j: int) -> Tensor:
-            x = torch.einsum("idr,jdr->ijd", up[i].conj(), up[j])
-            y = torch.einsum("idr,jdr->ijd", down[i].conj(), down[j])
+            x = torch.einsum("igdr,jkdr->igjkd", up[i].conj(), up[j])
+            y = torch.einsum("igdr,jkdr->igjkd", down[i].conj(), down[j])
             return (x * y.conj()).real.sum(-1)
 
     else:
 
         def both(i: int, j: int) -> Tensor:
-            x = torch.einsum("idr,jer->ijde", up[i], up[j])
-            y = torch.einsum("idr,jer->ijde", down[i], down[j])
+            x = torch.einsum("igdr,jker->igjkde", up[i], up[j])
+            y = torch.einsum("igdr,jker->igjkde", down[i], down[j])
             return (x * y).sum((-1, -2))
 
-    lengths = [both(k, k).diagonal().clamp_min(1e-30).sqrt() for k in (0, 1)]
-    return both(0, 1) / (lengths[0][:, None] * lengths[1])
+    own = []
+    for k in (0, 1):
+        square = both(k, k)
+        n, size = square.shape[:2]
+        own.append(square.reshape(n * size, -1).diagonal().reshape(n, size).clamp_min(1e-30).sqrt())
+    return both(0, 1) / (own[0][:, :, None, None] * own[1])
 
 
 def _map(a: Mapping[str, Tensor], b: Mapping[str, Tensor], s: LinearSymmetry, steps: int) -> Tensor:
@@ -261,7 +346,7 @@ def _refined(s: LinearSymmetry, m: Tensor, loss: Callable[[Tensor], Tensor], ste
         search.zero_grad()
         total = loss(whole(free)).sum()
         total.backward()
-        return float(total)
+        return float(total.detach())
 
     with torch.enable_grad():
         search.step(closure)
@@ -281,20 +366,21 @@ def _apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor], wiring: Wiring) -> 
     return _gap(a, b, counted)
 
 
-def _check(wiring: Wiring, b: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> float:
-    """The change of b's outputs; raises ``AlignmentError`` where it is more than rounding."""
+def _check(wiring: Wiring, b: Mapping[str, Tensor], wide: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> float:
+    """The change of b's outputs; raises ``AlignmentError`` where it is more than rounding.
+
+    Judged before weights of lower precision are rounded to what they are stored in, which is no fault of the maps; in
+    float32 besides where that is what b is stored in.
+    """
     assert wiring.program is not None
-
-    def change(dtype: torch.dtype) -> float:
-        assert wiring.program is not None
-        return distance(run(wiring.program, b, dtype), run(wiring.program, moved, dtype))
-
-    error = change(torch.float32)
-    # Weights stored in half precision are rounded after a map, which is no fault of the map.
-    coarse = max((torch.finfo(t.dtype).eps for t in b.values() if t.is_floating_point()), default=0.0) > 1e-6
-    if error > TOLERANCE and not coarse and not is_rounding(error, change(torch.float64)):
+    exact = distance(run(wiring.program, wide, torch.float64), run(wiring.program, moved, torch.float64))
+    error = exact
+    if all(torch.finfo(t.dtype).eps <= 2e-7 for t in b.values() if t.is_floating_point()):
+        stored = {n: t.to(b[n].dtype) for n, t in moved.items()}
+        error = distance(run(wiring.program, b, torch.float32), run(wiring.program, stored, torch.float32))
+    if exact > TOLERANCE or (error > TOLERANCE and not is_rounding(error, exact)):
         raise AlignmentError(
-            f"the maps change the outputs of b by {error:.1e}, more than {TOLERANCE:.0e}; its weights are too badly "
-            "conditioned for them: use stream=False or inside=False"
+            f"the maps change the outputs of b by {max(error, exact):.1e}, more than {TOLERANCE:.0e}; its weights are "
+            "too badly conditioned for them: use stream=False or inside=False"
         )
     return error
