@@ -310,6 +310,20 @@ def test_ties_follows_a_permutation_of_neurons(seed: int) -> None:
     assert torch.equal(one["fc.weight"][order], two["fc.weight"])
 
 
+def test_ties_can_keep_exactly_the_share() -> None:
+    """``equal="sorted"``: as many as the share says, of equal ones those that argsort puts first."""
+    base = {"w": torch.zeros(400, 10)}
+    g = torch.Generator().manual_seed(0)
+    model = {"w": torch.randint(-3, 4, (400, 10), generator=g).float()}
+    every = ws.merge([model], "ties", base=base, density=0.3).open()["w"]
+    exact = ws.merge([model], "ties", base=base, density=0.3, equal="sorted").open()["w"]
+    assert int((every != 0).sum()) > 1200 == int((exact != 0).sum())
+    kept = model["w"].abs().flatten().argsort(descending=True)[:1200]
+    assert torch.equal(exact.flatten()[kept], model["w"].flatten()[kept])
+    with pytest.raises(MergeError, match="within a tensor"):
+        ws.merge([model], "ties", base=base, equal="sorted", scope="model")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(0, 100, width=32) | st.integers(0, 3).map(float), min_size=1, max_size=300),

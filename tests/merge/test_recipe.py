@@ -130,6 +130,36 @@ def test_mergekits_yaml(files: list[Path]) -> None:
     assert not same(load_file(files[0]), merged.open())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mergekits_arithmetic_in_narrow_types(files: list[Path], dtype: torch.dtype) -> None:
+    """What ``dtype: bfloat16`` says: every step is rounded, as a plain program in that type would do it."""
+    folder, kind = files[0].parent, str(dtype).removeprefix("torch.")
+    (folder / "r.yml").write_text(
+        f"merge_method: ties\nbase_model: base.safetensors\ndtype: {kind}\nparameters: {{lambda: 0.7}}\nmodels:\n"
+        "  - {model: a.safetensors, parameters: {weight: 0.6, density: 0.4}}\n"
+        "  - {model: b.safetensors, parameters: {weight: 0.3, density: 0.4}}\n"
+    )
+    got = read(folder / "r.yml").run().open()
+    base, *tuned = ({k: t.to(dtype) for k, t in load_file(f).items()} for f in files)
+    for name, origin in base.items():
+        weights = torch.tensor([0.6, 0.3], dtype=dtype)
+        deltas = torch.zeros(2, *origin.shape, dtype=dtype)
+        for i, model in enumerate(tuned):
+            delta = (model[name] - origin).flatten()
+            kept = delta.abs().float().argsort(descending=True)[: int(0.4 * len(delta))]
+            deltas[i].view(-1)[kept] = delta[kept]
+        deltas *= weights.view(2, 1, 1)
+        agrees = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1, -1)
+        shares = (weights.view(2, 1, 1) * agrees).sum(0)
+        mixed = (deltas * agrees).sum(0) / torch.where(shares == 0, 1, shares)
+        assert torch.equal(got[name], (origin + mixed * 0.7).to(dtype))
+
+
+def test_only_some_methods_compute_in_narrow_types(files: list[Path]) -> None:
+    with pytest.raises(MergeError, match=r"tsv-m does not compute in torch.bfloat16"):
+        ws.merge(files[1:], "tsv-m", base=files[0], compute="bfloat16")
+
+
 SHARED: list[tuple[str, str, dict[str, Any]]] = [
     ("linear", "linear", {}),
     ("linear", "linear", {"normalize": False}),

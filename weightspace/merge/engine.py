@@ -37,7 +37,7 @@ class Sink(Protocol):
 
 
 class Reader:
-    """One tensor of one model as float32 (float64 where ``work`` is), checked to be finite when first read."""
+    """One tensor of one model in the type ``work`` of the arithmetic, checked to be finite when first read."""
 
     def __init__(self, model: Model, name: str, work: torch.dtype, check: bool = True) -> None:
         self.model, self.name, self.work = model, name, work
@@ -85,7 +85,7 @@ class Reader:
 
     def _finite(self, values: Tensor) -> None:
         # A sum is one quick pass; only where it is odd are the elements looked at.
-        if not isfinite(float(values.sum())):
+        if not isfinite(float(values.sum(dtype=max(values.dtype, torch.float32, key=lambda d: d.itemsize)))):
             bad = int((~torch.isfinite(values)).sum())
             if bad:
                 raise MergeError(
@@ -168,10 +168,11 @@ class Run:
         *,
         chunk: int = CHUNK,
         threads: int | None = None,
+        compute: torch.dtype = torch.float32,
         step: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.plan, self.base, self.models, self.settings, self.sink = plan, base, list(models), settings, sink
-        self.chunk, self.step = chunk, step
+        self.chunk, self.step, self.compute = chunk, step, compute
         self.threads = threads or min(2, os.cpu_count() or 1)
         self._stop = Event()
         self._room = _Room(_BUDGET)
@@ -279,7 +280,7 @@ class Run:
     def _readers(self, action: Action) -> tuple[str, Reader | None, list[Reader]]:
         name = action.name
         kinds = [m.dtypes[name] for m in [*([self.base] if self.base else []), *self.models] if name in m.dtypes]
-        work = torch.float64 if torch.float64 in kinds else torch.float32
+        work = torch.float64 if torch.float64 in kinds else self.compute
         base = Reader(self.base, name, work) if self.base and name in self.base.shapes else None
         return name, base, [Reader(m, name, work) for m in self.models]
 

@@ -40,6 +40,7 @@ def merge(
     wiring: Wiring | None = None,
     exclude: Sequence[str] = (),
     dtype: str | torch.dtype | None = None,
+    compute: str | torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     seed: int = 0,
     unverified: bool = False,
@@ -58,7 +59,8 @@ def merge(
 
     ``exclude``: names of tensors, with ``*``, that are copied from the base (or the first model) instead.
     ``dtype``: element type of the result (default: the base's or the first model's, tensor by tensor); arithmetic is
-    in float32. ``max_shard_size``: most bytes in a file, such as ``"5GB"``. ``threads``: default 2.
+    in float32 (float64 where a model is); ``compute`` says another type, for the methods that can, to have another
+    program's rounding. ``max_shard_size``: most bytes in a file, such as ``"5GB"``. ``threads``: default 2.
     ``settings`` gives method and weights by tensor name, for recipes.
 
     The result holds the base's (or first model's) tensors in its order; its report says of each what became of it.
@@ -86,7 +88,9 @@ def merge(
         )
     chosen.check(len(sources))
     shares = _weights(weights, len(sources), chosen)
-    kind = _dtype(dtype)
+    kind, arithmetic = _dtype(dtype), _dtype(compute) or torch.float32
+    if arithmetic.itemsize < 4 and not chosen.narrow:
+        raise MergeError(f"{chosen.name} does not compute in {arithmetic}; leave compute out, or say float32")
     target = None if out is None else _target(Path(out), [*sources, *([origin] if origin else [])])
     planned = plan(
         sources, origin, exclude=exclude, dtype=kind, any_shape=chosen.any_shape, needs_base=chosen.needs_base
@@ -116,7 +120,9 @@ def merge(
         from weightspace.zoo.progress import bar
 
         with bar(chosen.name, len(planned.actions), progress) as step:
-            engine.Run(planned, used, sources, by_tensor, sink, threads=threads, step=step).go(chosen, prepared)
+            engine.Run(planned, used, sources, by_tensor, sink, threads=threads, compute=arithmetic, step=step).go(
+                chosen, prepared
+            )
 
     tensors, path = None, None
     if target is None:

@@ -1,7 +1,9 @@
 """mergekit's YAML, read and written, for the methods that both programs have. What has no counterpart is refused.
 
-Written against the recipes that mergekit 0.1.5 takes (https://github.com/arcee-ai/mergekit). Differences that remain:
-arithmetic is in float32 here whatever ``dtype`` says; of elements with equal magnitude at TIES' threshold all are kept.
+Written against the recipes that mergekit 0.1.5 takes (https://github.com/arcee-ai/mergekit), and computed as it does:
+in the type that ``dtype`` says (the files' without one) where the method's result depends on it, with the masks of its
+seed, and with exactly as many elements kept by TIES as it keeps, of equal ones those that torch happens to sort first.
+Breadcrumbs and DELLA keep other ones of equal magnitudes. `tests/benchmarks/mergekit_agreement.py` compares the two.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, Any]]]] = {
     "linear": ("linear", {}, {"normalize": ("normalize", True)}),
     "slerp": ("slerp", {}, {"t": ("t", None)}),
     "task_arithmetic": ("task-arithmetic", {}, {**_SPARSE, "normalize": ("normalize", False)}),
-    "ties": ("ties", {}, {**_SPARSE, "normalize": ("normalize", True), "density": ("density", 1.0)}),
+    "ties": ("ties", {"equal": "sorted"}, {**_SPARSE, "normalize": ("normalize", True), "density": ("density", 1.0)}),
     "dare_linear": (
         "dare", {"electing": False},
         {**_SPARSE, "normalize": ("normalize", False), "density": ("density", 1.0), "rescale": ("rescale", True)},
@@ -131,7 +133,7 @@ def write(recipe: Recipe) -> str:
     parameters: dict[str, Setting] = {}
     for ours, default in {**defaults, **recipe.hyper}.items():
         value = recipe.hyper.get(ours, default)
-        if ours in ("electing", "masks", "seed"):
+        if ours in ("electing", "masks", "seed", "equal"):
             continue
         if ours == "rescale":
             if value == "inverse":

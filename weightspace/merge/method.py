@@ -25,7 +25,8 @@ shape that needs least:
     a ``Prepared`` that cannot do without ``data`` (one entry per model, or one for all: what the docstring says) and a
     proved wiring with a program: ``models.program.run(tensors, *inputs)``.
 
-Rules for all: arithmetic happens in float32 (float64 where a model is); what is given must not be written to, it may
+Rules for all: arithmetic happens in float32 (float64 where a model is; a method that is ``narrow`` may be asked to
+compute in less); what is given must not be written to, it may
 be the caller's own tensor; tensors that are not floating point never come here, nor those that are excluded, have
 other shapes (but see ``any_shape``) or are not finite; random draws come from `weightspace.merge.draws` and depend on
 the seed, the tensor's name and the model's place alone, so that pieces and threads change nothing. A mistake in a
@@ -71,6 +72,8 @@ class Method(ABC):
     """Weight of each model where the user gives none."""
     needs_wiring: ClassVar[bool] = False
     """A `Prepared` method for which a wiring is looked for where none is given (True for every `WithData`)."""
+    narrow: ClassVar[bool] = False
+    """Can compute in bfloat16 and float16, as other programs do, where that is asked for."""
     any_shape: ClassVar[bool] = False
     """Takes models whose tensors have other shapes than the first one's (other widths)."""
 
@@ -274,6 +277,11 @@ def per_model(value: PerModel, count: int, what: str) -> tuple[float, ...]:
     if len(values) != count:
         raise MergeError(f"{what} has {len(values)} numbers for {count} models; give one number, or one per model")
     return values
+
+
+def wide(values: Tensor) -> Tensor:
+    """The same numbers in float32 at least."""
+    return values if values.itemsize >= 4 else values.to(torch.float32)
 
 
 def in_range(

@@ -92,9 +92,11 @@ class Recipe:
         paths = [self._path(model.path) for model in self.models]
         first = open_checkpoint(self._path(self.base) if self.base else paths[0])
         kind = self.mergekit or str(next(iter(first.dtypes.values()))).removeprefix("torch.")
+        cls = method_class(self.method)
         settings = self.settings(depth_of(list(first), first.config), kind)
         method, weights = settings("")
-        given: dict[str, Any] = {"dtype": self.dtype, "exclude": self.exclude, "max_shard_size": self.max_shard_size}
+        given: dict[str, Any] = {"compute": _arithmetic(cls, kind) if self.mergekit is not None else None}
+        given |= {"dtype": self.dtype, "exclude": self.exclude, "max_shard_size": self.max_shard_size}
         return merge(
             paths, method, base=self._path(self.base) if self.base else None, out=target, weights=weights,
             seed=self.seed, progress=progress, settings=None if self._constant else settings, **{**given, **options},
@@ -104,6 +106,7 @@ class Recipe:
         """Method and weights for each tensor. ``kind``: the type that mergekit would compute in."""
         fields = {f.name: f for f in dataclasses.fields(method_class(self.method))}
         shared: dict[str, Any] = {"seed": self.seed} if "seed" in fields else {}
+        narrow = _arithmetic(method_class(self.method), kind) if self.mergekit is not None else None
         if self.mergekit is not None and "masks" in fields:
             import torch
 
@@ -127,9 +130,8 @@ class Recipe:
                 )
             method = make(self.method, **hyper)
             method.check(len(self.models))
-            return method, tuple(
-                float(self._of(model, "weight", name, depth, method.default_weight)) for model in self.models
-            )
+            weights = (float(self._of(model, "weight", name, depth, method.default_weight)) for model in self.models)
+            return method, tuple(rounded(w, narrow) for w in weights)
 
         return of
 
@@ -159,6 +161,20 @@ class Recipe:
         from weightspace.merge.mergekit import write
 
         return write(self)
+
+
+def _arithmetic(cls: type[Method], kind: str) -> str | None:
+    """The type that mergekit computes in, where that is less than float32 and the method's results depend on it."""
+    return kind if kind in ("bfloat16", "float16") and cls.narrow else None
+
+
+def rounded(value: float, kind: str | None) -> float:
+    """A number as it is in a type."""
+    if kind is None:
+        return value
+    import torch
+
+    return float(torch.tensor(value, dtype=getattr(torch, kind)))
 
 
 def read(path: str | Path) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightspace.merge.method import Tensor
+from weightspace.merge.method import Tensor, wide
 from weightspace.merge.methods.ties import elect
 
 
@@ -19,9 +19,10 @@ def combine(
     if electing:
         mixed = elect(weighted, weights, normalize)
     else:
-        mixed = weighted[0]
+        mixed = wide(weighted[0])
         for delta in weighted[1:]:
             mixed.add_(delta)
+        mixed = mixed.to(weighted[0].dtype)
         total = sum(weights)
         if normalize and abs(total) >= 1e-8:
             mixed.div_(total)

@@ -35,6 +35,7 @@ class Breadcrumbs(TwoPass):
     name: ClassVar[str] = "breadcrumbs"
     paper: ClassVar[str] = "Davari & Belilovsky (2024), Model Breadcrumbs"
     needs_base: ClassVar[bool] = True
+    narrow: ClassVar[bool] = True
 
     def check(self, count: int) -> None:
         super().check(count)

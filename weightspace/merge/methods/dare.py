@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from weightspace.errors import MergeError
 from weightspace.merge.draws import TorchMasks, bernoulli
-from weightspace.merge.method import PerModel, Piece, Stream, Tensor, TwoPass, in_range, per_model
+from weightspace.merge.method import PerModel, Piece, Stream, Tensor, TwoPass, in_range, per_model, wide
 from weightspace.merge.methods._sums import combine
 
 Rescale = Literal["inverse", "norm", "none"]
@@ -39,6 +41,7 @@ class Dare(TwoPass):
     name: ClassVar[str] = "dare"
     paper: ClassVar[str] = "Yu et al. (2024), Language models are Super Mario"
     needs_base: ClassVar[bool] = True
+    narrow: ClassVar[bool] = True
 
     def check(self, count: int) -> None:
         super().check(count)
@@ -65,14 +68,21 @@ class Dare(TwoPass):
         before = after = 0.0
         if p >= 1:
             return 1.0
+        kind = torch.float32
         if self.masks:
             self.masks.begin(model)
         for piece in stream:
             size = piece.delta(model).abs_()
-            before += float(size.sum())
+            kind = size.dtype
+            before += float(wide(size).sum())
             kept = self.masks.draw(p, len(size)) if self.masks else self._mask(piece, model, p)
-            after += float(size.mul_(kept).sum())
-        return before / after if before >= 1e-7 and after >= 1e-7 else 1.0
+            after += float(wide(size.mul_(kept)).sum())
+        if before < 1e-7 or after < 1e-7:
+            return 1.0
+        if kind.itemsize >= 4:
+            return before / after
+        first, second = torch.tensor([before, after], dtype=kind)
+        return float(first / second)
 
     def merge(self, piece: Piece, weights: Sequence[float], state: tuple[float, ...]) -> Tensor:
         densities = per_model(self.density, piece.count, "density")

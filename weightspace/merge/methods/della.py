@@ -42,6 +42,7 @@ class Della(PerTensor):
     name: ClassVar[str] = "della"
     paper: ClassVar[str] = "Deep et al. (2024), DELLA-Merging"
     needs_base: ClassVar[bool] = True
+    narrow: ClassVar[bool] = True
 
     def check(self, count: int) -> None:
         density, epsilon = per_model(self.density, count, "density"), per_model(self.epsilon, count, "epsilon")
@@ -71,7 +72,11 @@ class Della(PerTensor):
         rows = delta.reshape(1, -1) if delta.dim() < 2 else delta
         order = rows.abs().argsort(stable=True, dim=-1)
         ranks = torch.empty_like(rows)
-        steps = torch.linspace(0, 1, rows.shape[-1], dtype=rows.dtype) if rows.shape[-1] > 1 else torch.full((1,), 0.5)
+        if rows.itemsize < 4:  # places that the type can tell apart, as mergekit counts them
+            places = torch.arange(1, rows.shape[-1] + 1).to(rows.dtype)
+            steps = (places - 1).div_((places[-1] - 1).clamp(min=1))
+        else:
+            steps = torch.linspace(0, 1, rows.shape[-1]) if rows.shape[-1] > 1 else torch.full((1,), 0.5)
         ranks.scatter_(-1, order, steps.to(rows.dtype).expand_as(rows))
         chance = ranks.mul_(2 * epsilon).add_(p - epsilon)
         if self.masks:

@@ -66,6 +66,7 @@ class Consensus(Elementwise):
     name: ClassVar[str] = "consensus"
     paper: ClassVar[str] = "Wang et al. (2024), Localizing task information"
     needs_base: ClassVar[bool] = True
+    count: ClassVar[tuple[int, int | None]] = (2, None)
 
     def check(self, count: int) -> None:
         in_range(per_model(self.strictness, count, "strictness"), 0, float("inf"), "strictness")
