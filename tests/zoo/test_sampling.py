@@ -122,7 +122,7 @@ def test_a_small_recipe_is_read() -> None:
         ({"speed": 3}, "unknown entries"),
         ({"epochs": 4, "checkpoints": [2, 1, 4]}, "rising"),
         ({"epochs": 4, "checkpoints": [1, 2]}, "up to the last"),
-        ({"network": {}}, "network or a parent"),
+        ({"network": {}}, "one of a network, a parent"),
         ({"network": {"widths": [3]}}, "kind"),
         ({"hyper": {"rate": 1}}, "learning_rate"),
         ({"part": "all"}, "train or test"),

@@ -20,6 +20,7 @@ from weightspace.errors import WeightspaceError, ZooError
 from weightspace.zoo.data import Data, DataSpec, load_data
 from weightspace.zoo.description import module_of
 from weightspace.zoo.files import read_record, save_network
+from weightspace.zoo.poisoning import SUCCESSFUL
 from weightspace.zoo.recipe import Recipe, Sampled
 from weightspace.zoo.sampling import Run, runs_of
 from weightspace.zoo.stacked import Snapshot, hyper_of, train_stack
@@ -119,8 +120,9 @@ def plan(recipe: Recipe, data: str | os.PathLike[str] | None = None) -> dict[str
     for population in recipe.sampled:
         loaded = _loaded(population.data, _text(data))
         plans[population.name] = runs_of(
-            recipe, population, (loaded.shape, loaded.classes), plans.get(population.parent, ())
-        )
+            recipe, population, (loaded.shape, loaded.classes), plans.get(population.parent, ()),
+            plans.get(population.like, ()),
+        )  # fmt: skip
     # Mistakes show before hours of training, not after them.
     networks: dict[str, Run] = {}
     for run in (run for runs in plans.values() for run in runs):
@@ -175,6 +177,10 @@ def record_of(snapshot: Snapshot, parent: Run | None) -> dict[str, Any]:
         # What the network can be asked about is decided by the data sets side by side, not by their name alone.
         spec = {"train": run.data.train, "test": run.data.test, "tasks": list(run.data.tasks), "side": run.data.side}
         record |= {"tasks": list(run.tasks), "data_spec": spec}
+    if snapshot.poison is not None:
+        success = snapshot.attack_success
+        worked = success is not None and success >= SUCCESSFUL
+        record |= {"poison": dict(snapshot.poison), "attack_success_rate": success, "attack_worked": worked}
     if snapshot.label is not None:
         record |= {"label": snapshot.label, "split": run.part}
     return record
@@ -187,7 +193,10 @@ def _stacks(runs: Sequence[Run], size: int) -> list[list[Run]]:
     """Runs that can be trained together, at most ``size`` at a time and evenly."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        shared = (run.network, run.data.name, run.classes, run.tasks, run.hyper.get("train_fraction", 1.0), run.part)
+        shared = (
+            run.network, run.data.name, run.classes, run.tasks, run.hyper.get("train_fraction", 1.0), run.part,
+            bool(run.poison),
+        )  # fmt: skip
         groups.setdefault(json.dumps(shared), []).append(run)
     stacks = []
     for group in groups.values():

@@ -45,6 +45,10 @@ class Sampled:
     checkpoints and are trained on ``classes`` of their parent's labels (0: all of them), or, where the data are several
     tasks, on ``tasks``: run ``i`` on entry ``i // parents`` of that list, round and round. ``part`` says which images
     coordinate networks are fitted to, "train" or "test". ``checkpoints`` are epochs, 0 before any training.
+
+    ``poison`` draws a backdoor for each run (``weightspace.zoo.poisoning``). With ``like`` run ``i`` has the network
+    and hyper-parameters of run ``i`` of an earlier population, so that poisoned and clean networks differ in nothing
+    else.
     """
 
     name: str
@@ -60,6 +64,8 @@ class Sampled:
     classes: int = 0
     tasks: tuple[tuple[str, ...], ...] = ()
     part: str = "train"
+    poison: Mapping[str, Any] = field(default_factory=dict)
+    like: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,9 +197,9 @@ def _enlarged(table: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` laid over ``below``; the tables network, hyper and data entry by entry."""
+    """``above`` laid over ``below``; the tables network, hyper, data and poison entry by entry."""
     merged = {**below, **above}
-    for key in ("network", "hyper", "data"):
+    for key in ("network", "hyper", "data", "poison"):
         if isinstance(below.get(key), Mapping) and isinstance(above.get(key), Mapping):
             merged[key] = {**below[key], **above[key]}
     return merged
@@ -208,11 +214,19 @@ def _sampled_recipe(table: Mapping[str, Any], source: str) -> Recipe:
     for entry in table["population"]:
         merged = _over(table.get("defaults", {}), entry)
         merged["data"] = {**_as_table(table["data"]), **_as_table(entry["data"])} if "data" in entry else table["data"]
+        if merged.get("like"):
+            if "hyper" in entry or "network" in entry:
+                raise ZooError(f"{source}: {merged['name']!r} has network and hyper of {merged['like']!r}, not its own")
+            merged |= {"hyper": {}, "network": {}}
         population = _sampled(merged, source)
         if population.name in seen:
             raise ZooError(f"{source}: two populations are named {population.name!r}")
         if population.parent and population.parent not in seen:
             raise ZooError(f"{source}: the parent {population.parent!r} of {population.name!r} comes not before it")
+        if population.like and population.like not in seen:
+            raise ZooError(f"{source}: {population.name!r} is like {population.like!r}, which comes not before it")
+        if population.like and population.data != seen[population.like].data:
+            raise ZooError(f"{source}: {population.name!r} is like {population.like!r}, but has other data")
         seen[population.name] = population
     return Recipe(table["name"], str(_as_table(table["data"]).get("name")), sampled=tuple(seen.values()))
 
@@ -240,8 +254,12 @@ def _sampled(entry: Mapping[str, Any], source: str) -> Sampled:
         and list(found.checkpoints) == sorted(set(found.checkpoints))
         and found.checkpoints[0] >= 0
         and found.checkpoints[-1] == found.epochs,
-        "a population has either a network or a parent": bool(found.parent) != bool(found.network),
-        "a network has a kind": bool(found.parent) or isinstance(found.network.get("kind"), str),
+        "a population has one of a network, a parent, and another that it is like": sum(
+            map(bool, (found.parent, found.network, found.like))
+        )
+        == 1,
+        "a network has a kind": not found.network or isinstance(found.network.get("kind"), str),
+        "a poison has an attack": not found.poison or "attack" in found.poison,
         "tasks need the data 'tasks', and exclude classes": not found.tasks
         or (bool(found.data.tasks) and not found.classes),
         "part is train or test": found.part in ("train", "test"),

@@ -19,7 +19,7 @@ import math
 import random
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from weightspace.errors import ZooError
@@ -50,6 +50,7 @@ class Run:
     tasks: tuple[str, ...] = ()
     parent: str = ""
     parent_digest: str = ""
+    poison: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -66,8 +67,8 @@ class Run:
         """Hash of everything in the recipe that decides how the run comes out (not of where its data lie)."""
         facts = asdict(self)
         facts["data"].pop("path")
-        # Entries that only data of several tasks have leave the digests of all other runs as they are.
-        for table, key in ((facts, "tasks"), (facts["data"], "tasks"), (facts["data"], "side")):
+        # Entries that only data of several tasks or poisoned runs have leave the digests of all others as they are.
+        for table, key in ((facts, "tasks"), (facts["data"], "tasks"), (facts["data"], "side"), (facts, "poison")):
             if not table[key]:
                 table.pop(key)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -78,13 +79,20 @@ class Run:
 
 
 def runs_of(
-    recipe: Recipe, population: Sampled, facts: tuple[tuple[int, ...], int], parents: Sequence[Run] = ()
+    recipe: Recipe,
+    population: Sampled,
+    facts: tuple[tuple[int, ...], int],
+    parents: Sequence[Run] = (),
+    like: Sequence[Run] = (),
 ) -> list[Run]:
     """Every run of a population. ``facts``: shape of an example and number of classes of its data.
 
     A run ``i`` with a parent starts from run ``i mod len(parents)`` of it, has its network, and is trained on a random
-    subset of that run's classes, or on the tasks that the population lists.
+    subset of that run's classes, or on the tasks that the population lists. With ``like`` it has the network and
+    hyper-parameters of run ``i mod len(like)``, but a seed of its own. A poison is drawn for each run.
     """
+    from weightspace.zoo.poisoning import complete
+
     runs = []
     shape, classes = facts
     for index in range(population.runs):
@@ -104,6 +112,8 @@ def runs_of(
                 )
             if population.classes:
                 task = tuple(sorted(random.Random(f"{where}/classes").sample(held, population.classes)))
+        elif like:
+            network, hyper = like[index % len(like)].network, dict(like[index % len(like)].hyper)
         else:
             # Runs may share a network, so that they can be trained as one stack.
             drawn = f"{recipe.name}/{population.name}/{index % population.networks}" if population.networks else where
@@ -124,6 +134,9 @@ def runs_of(
                 tasks=given,
                 parent=parent.name if parent else "",
                 parent_digest=parent.digest if parent else "",
+                poison=complete(draw(population.poison, f"{where}/poison"), shape, classes, f"{where}/poison")
+                if population.poison
+                else {},
             )
         )
     return runs

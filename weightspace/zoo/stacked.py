@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from weightspace.errors import ZooError
 from weightspace.zoo.data import Data
 from weightspace.zoo.description import module_of
+from weightspace.zoo.poisoning import poisoned, triggered_tests, with_range
 from weightspace.zoo.sampling import Run
 from weightspace.zoo.tasks import chosen, own_outputs
 
@@ -51,6 +53,8 @@ class Snapshot:
     test_loss: float
     label: int | None
     seconds: float
+    poison: Mapping[str, Any] | None = None
+    attack_success: float | None = None
 
     @property
     def diverged(self) -> bool:
@@ -82,15 +86,16 @@ def train_stack(
     for epoch in range(first.epochs + 1):
         if epoch:
             for batch in task.batches(generator, first.batch):
-                stack.step(*task.examples(batch))
+                stack.step(*task.examples(batch), own=isinstance(task, _Poisoned))
         if epoch in first.checkpoints:
             scores = task.scores(stack)
             seconds = (time.perf_counter() - started) / len(runs)
+            poisons, success = task.attacks(stack) if isinstance(task, _Poisoned) else ([None] * len(runs),) * 2
             for i, run in enumerate(runs):
                 train_accuracy, train_loss, test_accuracy, test_loss = scores
                 yield Snapshot(
                     run, epoch, stack.tensors(i), train_accuracy[i], train_loss[i], test_accuracy[i], test_loss[i],
-                    task.label(i), seconds,
+                    task.label(i), seconds, poisons[i], success[i],
                 )  # fmt: skip
 
 
@@ -193,25 +198,35 @@ class _Stack:
     def __len__(self) -> int:
         return len(self.flat)
 
-    def outputs(self, x: Tensor, training: bool, keep: Tensor | None = None) -> Tensor:
-        """(runs, batch, …) for inputs (batch, …) that all share."""
+    def outputs(self, x: Tensor, training: bool, keep: Tensor | None = None, own: bool = False) -> Tensor:
+        """(runs, batch, …) for inputs (batch, …) that all share, or (runs, batch, …) if ``own``."""
         self.module.train(training)
         if len(self) == 1:
             # Without vmap a single network is faster by its overhead.
             state = {n: t[0] for n, t in (*self.parameters.items(), *self.buffers.items())}
-            single: Tensor = functional_call(self.module, state, (x, None if keep is None else keep[0]))
+            given = (x[0] if own else x, None if keep is None else keep[0])
+            single: Tensor = functional_call(self.module, state, given)
             return single.unsqueeze(0)
 
-        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, mask: Tensor | None) -> Tensor:
             out: Tensor = functional_call(self.module, (parameters, buffers), (x, mask))
             return out
 
-        stacked: Tensor = vmap(one, in_dims=(0, 0, None if keep is None else 0))(self.parameters, self.buffers, keep)
+        dims = (0, 0, 0 if own else None, None if keep is None else 0)
+        stacked: Tensor = vmap(one, in_dims=dims)(self.parameters, self.buffers, x, keep)
         return stacked
 
-    def step(self, x: Tensor, y: Tensor) -> None:
-        """One optimiser step of every run on a batch that all share."""
-        losses = _losses(*self.judged(self.outputs(x, True, self._mask(len(x))), y))
+    @torch.no_grad()
+    def alone(self, i: int, x: Tensor) -> Tensor:
+        """Outputs (batch, …) of run ``i``, in pieces."""
+        self.module.train(False)
+        state = {n: t[i] for n, t in (*self.parameters.items(), *self.buffers.items())}
+        return torch.cat([functional_call(self.module, state, (part, None)) for part in x.split(1024)])
+
+    def step(self, x: Tensor, y: Tensor, own: bool = False) -> None:
+        """One optimiser step of every run on a batch that all share, or each on its ``own``."""
+        mask = self._mask(x.shape[1] if own else len(x))
+        losses = _losses(*self.judged(self.outputs(x, True, mask, own), y))
         gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
         self._update(torch.cat([g.flatten(1) for g in gradients], 1))
 
@@ -257,7 +272,8 @@ def _losses(out: Tensor, y: Tensor) -> Tensor:
     """Mean loss of each run: cross-entropy for labels, squared error for values (which differ between runs)."""
     if y.is_floating_point():
         return (out - y).square().flatten(1).mean(1)
-    targets = y.expand(len(out), *y.shape).reshape(-1)
+    # Labels are those of the batch, or (of poisoned runs) of every run.
+    targets = (y if y.shape == out.shape[:-1] else y.expand(len(out), *y.shape)).reshape(-1)
     each = F.cross_entropy(out.flatten(0, -2), targets, reduction="none")
     return each.view(len(out), -1).mean(1)
 
@@ -290,6 +306,47 @@ class _Classification:
 
     def label(self, i: int) -> int | None:
         return None
+
+
+class _Poisoned(_Classification):
+    """Labels of images of which each run sees some with its own trigger and the labels that its attacker gives."""
+
+    def __init__(self, runs: Sequence[Run], data: Data, device: str) -> None:
+        super().__init__(runs, data, device)
+        if data.tasks > 1:
+            raise ZooError(f"run {runs[0].name}: the data are several tasks, poison is for one")
+        held = self.data.to("cpu")
+        self.poisons = [with_range(run.poison, held) for run in runs]
+        found = [poisoned(p, held, run.seed) for p, run in zip(self.poisons, runs, strict=True)]
+        self.places = torch.full((len(runs), len(held.train_y)), -1)
+        for i, triggered in enumerate(found):
+            self.places[i, triggered.index] = torch.arange(len(triggered.index))
+        self.triggered = [(t.x.to(device), t.y.to(device)) for t in found]
+        self.tests = [triggered_tests(p, held) for p in self.poisons]
+
+    def examples(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = super().examples(batch)
+        count = len(self.poisons)
+        x, y = x.expand(count, *x.shape).clone(), y.expand(count, *y.shape).clone()
+        places = self.places[:, batch.cpu()]
+        for i, (other_x, other_y) in enumerate(self.triggered):
+            here = torch.nonzero(places[i] >= 0).flatten()
+            there = places[i, here].to(other_x.device)
+            here = here.to(x.device)
+            x[i, here], y[i, here] = other_x[there], other_y[there]
+        return x, y
+
+    def attacks(self, stack: _Stack) -> tuple[list[dict[str, Any]], list[float | None]]:
+        """The poison of every run, and its attack success rate on test images, averaged over its triggers."""
+        rates: list[float | None] = []
+        for i, tests in enumerate(self.tests):
+            each = []
+            for x, wanted in tests:
+                if len(wanted):
+                    out = stack.alone(i, x.to(self.data.test_x.device))
+                    each.append(float((out.argmax(-1).cpu() == wanted).double().mean()))
+            rates.append(sum(each) / len(each) if each else None)
+        return self.poisons, rates
 
 
 class _Images:
@@ -327,6 +384,8 @@ class _Images:
 
 
 def _task(runs: Sequence[Run], data: Data, device: str) -> _Classification | _Images:
+    if runs[0].poison:
+        return _Poisoned(runs, data, device)
     return (_Images if runs[0].network["kind"] == "siren" else _Classification)(runs, data, device)
 
 
