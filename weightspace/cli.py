@@ -279,6 +279,105 @@ def align(
 
 
 @app.command()
+def score(
+    models: Annotated[list[str], typer.Argument(help="Two or more models, or a folder of them, to be ranked.")],
+    base: Annotated[str | None, typer.Option("--base", "-b", help="The model that they were fine-tuned from.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Merging method to predict (default: those learned).")
+    ] = None,
+    known: Annotated[
+        list[Path] | None, typer.Option("--known", help="Measured merges (.csv, .json, .jsonl): a, b, method, outcome.")
+    ] = None,
+    zoo: Annotated[
+        Path | None, typer.Option("--zoo", help="Zoo whose recorded merges count (default: the nearest above).")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", help="File of unlabelled inputs, a tensor for each model by its name.")
+    ] = None,
+    no_checks: Annotated[bool, typer.Option("--no-checks", help="Look at names and shapes alone before.")] = False,
+    undone: Annotated[Path | None, typer.Option("--undone", help="Folder for protected models, undone.")] = None,
+    least: Annotated[
+        float | None,
+        typer.Option("--least", help="Least retained accuracy (0.9): of groups, and below it the exit code is 2."),
+    ] = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="The terms block by block as well.")] = False,
+    top: Annotated[int, typer.Option("--top", "-n", help="Pairs to print.", min=1)] = 20,
+    prior: Annotated[
+        Path | None, typer.Option("--prior", help="A merge-ability model that `weightspace train merge` wrote.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Whether models can be merged, and how well by each method, before anything is merged: from the files alone.
+
+    First a verdict, then what was found in the files, then what each method is expected to retain and why, then what to
+    do next. Exit code 2 where something stands in the way of merging these files, where some of a folder could not be
+    read, or where less than --least is expected.
+    """
+    from weightspace.mergeability import commands
+
+    if least is not None and not 0 < least <= 1:
+        raise MetanetError(f"--least {least:g} was given, a share between 0 and 1 was expected, such as 0.9")
+    report = commands.run(
+        models, base=base, methods=method or (), known=known or (), zoo=zoo, inputs=inputs, checks=not no_checks,
+        prior=prior, undone=undone, progress=_to_stderr(),
+    )  # fmt: skip
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        console = _console()
+
+        def say(line: str) -> None:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+        say(f"{report.verdict[:1].upper()}{report.verdict[1:]}\n")
+        for line in commands.findings(report):
+            say(line)
+        for table in commands.tables(report, top, least, blocks):
+            console.print()
+            console.print(_table(table.title, table.columns, table.rows))
+        if undone is not None:
+            say(f"{len(report.undone)} undone copies written to {undone}")
+        for line in commands.closing(report, models, base):
+            say(line)
+    if report.stops or report.unreadable or (least is not None and not report.reaches(least)):
+        raise typer.Exit(2)
+
+
+@zoo_app.command("record")
+def zoo_record(
+    models: Annotated[list[str], typer.Argument(help="The models that were merged: files of one zoo.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="Method they were merged by, or barrier.")],
+    outcome: Annotated[
+        float | None, typer.Option("--outcome", help="Accuracy retained, averaged over their tasks, such as 0.93.")
+    ] = None,
+    retained: Annotated[
+        list[float] | None, typer.Option("--retained", help="The same on each model's own tasks, one per model.")
+    ] = None,
+    merged: Annotated[
+        list[float] | None, typer.Option("--merged", help="Or: accuracy of the merged model, on each model's tasks.")
+    ] = None,
+    alone: Annotated[
+        list[float] | None, typer.Option("--alone", help="And that of each model by itself, in the same order.")
+    ] = None,
+    zoo: Annotated[Path | None, typer.Option("--zoo", help="The zoo's folder (default: the nearest indexed).")] = None,
+    base: Annotated[str | None, typer.Option("--base", "-b", help="The model that they were fine-tuned from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep what a merge was found to retain: `weightspace score` learns from it."""
+    from weightspace.mergeability.commands import record
+
+    kept, path = record(
+        models, method, outcome, retained=retained or (), merged=merged or (), alone=alone or (), zoo=zoo, base=base
+    )
+    if as_json:
+        _print_json({**kept.to_row(), "file": str(path)})
+        return
+    _console().print(
+        f"{' + '.join(kept.models)} by {kept.method}: {kept.outcome:.4g}, kept in {path}", highlight=False, markup=False
+    )
+
+
+@app.command()
 def demo(
     folder: Annotated[Path | None, typer.Argument(help="Folder for the starter zoo (default: temporary).")] = None,
     jobs: Jobs = None,

@@ -109,9 +109,9 @@ class Suggestion:
 class MergeReport:
     """What can be said of models before they are merged.
 
-    ``models``: those that were scored, under which ``left`` tells what became of the others; ``merges``: all of them
-    together first (where that is a merge of at most 8), then every pair. ``predictions`` and ``best`` are of the
-    first. ``preflight`` lists what was found in the files, ``undone`` has the tensors of protected models with the
+    ``models``: those that were scored; ``left`` says why others were not. ``merges``: all of them together first (of
+    more than 8, the most promising pair), then every pair. ``predictions`` and ``best`` are of the first.
+    ``preflight`` lists what was found in the files, ``undone`` has the tensors of protected models with the
     protection undone, which is what was scored. ``notes`` says what was left out and why. ``verdict`` says it all in
     one sentence.
     """
@@ -134,12 +134,12 @@ class MergeReport:
 
     @property
     def predictions(self) -> Mapping[str, Prediction]:
-        """A prediction per method, of merging all models (the first pair's where they are more than 8)."""
+        """A prediction per method, of merging all models (of the most promising pair where they are more than 8)."""
         return self.merges[0].predictions if self.merges else {}
 
     @property
     def best(self) -> str | None:
-        """The method that is expected to be best for merging all models."""
+        """The method that is expected to be best for the first merge."""
         return self.merges[0].best if self.merges else None
 
     @property
@@ -153,11 +153,15 @@ class MergeReport:
         return self.preflight.of("stop")
 
     @property
+    def top(self) -> Scored | None:
+        """The merge of all models together; where they are more than 8, the most promising pair."""
+        return self.merges[0] if self.merges else None
+
+    @property
     def verdict(self) -> str:
         """The outcome in one sentence."""
-        many = len(self.models) > 2 and len(self.merges[0].models if self.merges else ()) == 2
-        merges = self.ranked(2) if many else self.merges
-        top = merges[0] if merges else None
+        top = self.top
+        many = top is not None and len(top.models) < len(self.models)
         stops = {f.check for f in self.stops}
         hidden = [n for n in self.undone if n in self.models]
         if top is None:
@@ -187,6 +191,10 @@ class MergeReport:
             )
         return f"{begin or 'can be merged; '}{pair}{told}"
 
+    def reaches(self, least: float) -> bool:
+        """Whether ``top`` is expected to retain so much."""
+        return self.top is not None and self.top.value >= least
+
     # ---------------------------------------------------------------- many models
 
     def ranked(self, size: int = 2) -> list[Scored]:
@@ -194,31 +202,39 @@ class MergeReport:
         found = [m for m in self.merges if len(m.models) == size]
         return sorted(found, key=lambda m: -m.value if not math.isnan(m.value) else math.inf)
 
-    def groups(self, least: float | None = None) -> list[tuple[str, ...]]:
+    def groups(self, least: float | None = None, *, overlap: bool = False) -> list[tuple[str, ...]]:
         """Groups of models that are expected to merge well with each other, largest and best first.
 
-        Maximal cliques of the pairs whose best method is expected to retain at least ``least`` (default: the better
-        third of all pairs, but at least 0.8); at most the best 100.
+        Cliques of the pairs whose best method is expected to retain at least ``least`` (default: the better third of
+        all pairs, but at least 0.8). Each model is in one group, the largest first; with ``overlap`` all maximal
+        cliques are given, the best 100 of them.
         """
         from itertools import islice
 
         import networkx as nx
 
-        pairs = {m.models: m.value for m in self.ranked(2) if not math.isnan(m.value)}
+        pairs = {m.models: m.value for m in self.merges if len(m.models) == 2 and not math.isnan(m.value)}
         if not pairs:
             return []
         if least is None:
             least = max(0.8, float(np.quantile(list(pairs.values()), 2 / 3)))
-        graph = nx.Graph()
-        graph.add_edges_from(p for p, value in pairs.items() if value >= least)
         place = {name: i for i, name in enumerate(self.models)}
-        # There may be exponentially many of them.
-        cliques = [tuple(sorted(c, key=lambda n: place[n])) for c in islice(nx.find_cliques(graph), 20_000)]
 
         def worth(group: tuple[str, ...]) -> float:
             return min(pairs.get((a, b), pairs.get((b, a), -1.0)) for a, b in combinations(group, 2))
 
-        return sorted((c for c in cliques if len(c) > 1), key=lambda c: (-len(c), -worth(c), c))[:100]
+        graph = nx.Graph()
+        graph.add_edges_from(p for p, value in pairs.items() if value >= least)
+        found: list[tuple[str, ...]] = []
+        while graph.number_of_edges():
+            # There may be exponentially many of them.
+            every = (tuple(sorted(c, key=lambda n: place[n])) for c in islice(nx.find_cliques(graph), 20_000))
+            cliques = sorted((c for c in every if len(c) > 1), key=lambda c: (-len(c), -worth(c), c))
+            if overlap:
+                return cliques[:100]
+            found.append(cliques[0])
+            graph.remove_nodes_from(cliques[0])
+        return found
 
     def suggest(self, method: str | None = None) -> Suggestion:
         """The pair whose evaluation lowers the expected posterior variance of all others most.

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -43,9 +43,11 @@ if TYPE_CHECKING:
     from weightspace.zoo import Zoo
 
 Array = NDArray[np.float64]
+Explain = Callable[[int], Mapping[str, float]]
+"""What moved the prediction of a merge, by its number."""
+State = tuple[Outcome, Observed | None]
+"""The effects of one method and what was observed of them."""
 
-METHODS = ("linear", "task-arithmetic", "ties")
-"""Methods that are predicted where nothing else is said."""
 JOINT = 64
 """Models whose pairs have a common posterior, so that measured merges of some tell of the others."""
 MOST = 512
@@ -64,7 +66,7 @@ _HEADERS = ("adapters", "quantised", "tensors")
 def score(
     models: Sequence[Model] | Mapping[str, Model] | str | os.PathLike[str] | Zoo,
     base: Model | None = None,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     known: Known | pd.DataFrame | Zoo | None = None,
     inputs: Mapping[str, Any] | None = None,
     *,
@@ -77,8 +79,8 @@ def score(
 
     ``models``: two or more paths, checkpoints or mappings of tensors, or a mapping of names to such; or a folder of
     models (a ``Zoo``), of which those that fit the base are taken and whose recorded merges count as ``known``.
-    ``base``: what they were fine-tuned from; without it nothing is predicted unless merges were measured. ``known``:
-    measured merges of these models (a table with ``a, b, method, outcome``; see ``measurements``), which sharpen all
+    ``base``: what they were fine-tuned from; without it nothing is predicted unless merges were measured. ``methods``:
+    those to predict (default: all that were learned). ``known``: measured merges of these models (a table with ``a, b, method, outcome``; see ``measurements``), which sharpen all
     else. ``inputs``: a few unlabelled inputs by model name, of that model's task: models are merged in memory, and how
     often the merged one answers as the single one does counts as an uncertain measurement. ``checks``: do the
     preflight; without, only names and shapes are looked at. ``prior``: another merge-ability model than that which
@@ -94,6 +96,7 @@ def score(
 
     started = time.perf_counter()
     using = _prior(prior)
+    methods = [m for m in using.methods if m != BARRIER] if methods is None else list(methods)
     unknown = [m for m in methods if m not in using.methods]
     if unknown or not methods:
         found = repr(unknown[0]) if unknown else "no method"
@@ -238,23 +241,28 @@ class _Scoring:
         if BARRIER in self.prior.methods and BARRIER not in wanted:
             wanted.append(BARRIER)
         found: dict[str, list[Prediction]] = {}
-        state: dict[str, tuple[Outcome, Observed | None]] = {}
+        state: dict[str, State] = {}
+        explain: dict[str, Explain] = {}
         for method in wanted:
             expected = means[:, self.prior.methods.index(method)]
-            found[method], kept = self._method(method, expected, sets, cells, inside)
+            found[method], explain[method], kept = self._method(method, expected, sets, cells, inside)
             if kept is not None:
                 state[method] = kept
-        shown = [s for s, members in enumerate(sets) if s == 0 or len(members) == 2]
-        merges = tuple(
-            Scored(
-                tuple(self.names[i] for i in sets[s]),
-                {m: found[m][s] for m in wanted if m != BARRIER or len(sets[s]) == 2},
-                self._terms(sets[s]),
-            )
-            for s in shown
-        )
+
+        def scored(s: int) -> Scored:
+            mine = {m: found[m][s] for m in wanted if m != BARRIER or len(sets[s]) == 2}
+            return Scored(tuple(self.names[i] for i in sets[s]), mine, self._terms(sets[s]))
+
+        merges = {s: scored(s) for s, members in enumerate(sets) if s == 0 or len(members) == 2}
+        first = 0
+        if len(sets[0]) < len(self.names):
+            first = max(merges, key=lambda s: -1.0 if math.isnan(merges[s].value) else merges[s].value)
+        for method, p in merges[first].predictions.items():
+            if p.known and not p.measured:
+                found[method][first] = replace(p, terms=explain[method](first))
+        ordered = (scored(first), *(m for s, m in merges.items() if s != first))
         return MergeReport(
-            self.names, self.flight.base_name, self.flight.report(), merges, self.measured, tuple(self.notes),
+            self.names, self.flight.base_name, self.flight.report(), ordered, self.measured, tuple(self.notes),
             comparison, self.left, self.unreadable, time.perf_counter() - self.started, state, cells, tuple(sets),
         )  # fmt: skip
 
@@ -300,11 +308,20 @@ class _Scoring:
     def _method(
         self, method: str, expected: Array, sets: Sequence[tuple[int, ...]], cells: Cells,
         inside: Sequence[Applicability],
-    ) -> tuple[list[Prediction], tuple[Outcome, Observed | None] | None]:  # fmt: skip
-        """Predictions of all merges by one method, and what they came from."""
+    ) -> tuple[list[Prediction], Explain, State | None]:  # fmt: skip
+        """Predictions of all merges by one method, what moved one of them, and the effects they came from."""
         if len(self.names) > JOINT:
-            every = [self._alone(method, expected[cells.where(s)], m, inside[s], s == 0) for s, m in enumerate(sets)]
-            return every, None
+            every = [
+                replace(self._expected(method, expected[cells.where(s)], 1.0, members), applicability=inside[s])
+                if inside[s].inside
+                else _nothing(method, inside[s])
+                for s, members in enumerate(sets)
+            ]  # fmt: skip
+
+            def alone(s: int) -> Mapping[str, float]:
+                return self._moved(method, expected[cells.where(s)], expected[cells.where(s)], sets[s])
+
+            return every, alone, None
         seen = [m for m in self.measured if m.method == method]
         observed = _observed(method, seen, expected, sets, cells, self.names)
         if self.inputs:
@@ -322,64 +339,61 @@ class _Scoring:
             terms = [t for t in effect_terms(cells) if t.name in self.prior.variances[method]]
             model = Outcome(tuple(terms), dict(self.prior.variances[method]), expected)
         before, after = model.posterior(), model.posterior(observed)
+        variance = np.diag(after.covariance), np.maximum(np.diag(before.covariance), 1e-12)
         done = {frozenset(m.models): m for m in seen}
         found = []
         for s, members in enumerate(sets):
-            who, at = tuple(self.names[i] for i in members), cells.where(s)
-            exact = done.get(frozenset(who))
+            at = cells.where(s)
+            exact = done.get(frozenset(self.names[i] for i in members))
             if exact is not None:
                 by_model = dict(zip(exact.models, exact.retained, strict=False))
                 value = exact.outcome
-                found.append(Prediction(method, value, value, value, _COVERAGE, by_model, {}, inside[s], True))
+                p = Prediction(method, value, value, value, _COVERAGE, by_model, {}, inside[s], True)
             elif not inside[s].inside and observed is None:
-                found.append(_nothing(method, inside[s]))
+                p = _nothing(method, inside[s])
             elif outside:
-                low, high = outcome_interval(after, at, _COVERAGE)
-                terms_ = {"measured merges": retained(after, at) - retained(before, at)} if s == 0 else {}
-                value = retained(after, at)
-                found.append(self._prediction(method, value, low, high, unlink(after.mean[at]), who, terms_, inside[s]))
+                value, reach = retained(after, at), outcome_interval(after, at, _COVERAGE)
+                p = self._prediction(method, value, *reach, unlink(after.mean[at]), members)
             else:
-                share = np.diag(after.covariance)[at].sum() / max(np.diag(before.covariance)[at].sum(), 1e-12)
-                found.append(self._expected(
-                    method, after.mean[at], before.mean[at], math.sqrt(max(float(share), 0.0)), members, inside[s],
-                    s == 0,
-                ))  # fmt: skip
-        return found, (model, observed) if observed is not None or any(a.inside for a in inside) else None
+                left = math.sqrt(max(float(variance[0][at].sum() / variance[1][at].sum()), 0.0))
+                p = self._expected(method, after.mean[at], left, members)
+            found.append(replace(p, applicability=inside[s]))
 
-    def _alone(
-        self, method: str, mean: Array, members: tuple[int, ...], inside: Applicability, explain: bool
-    ) -> Prediction:
-        if not inside.inside:
-            return _nothing(method, inside)
-        return self._expected(method, mean, mean, 1.0, members, inside, explain)
+        def explain(s: int) -> Mapping[str, float]:
+            at = cells.where(s)
+            if outside:
+                change = retained(after, at) - retained(before, at)
+                return {"measured merges": -change if method == BARRIER else change}
+            return self._moved(method, after.mean[at], before.mean[at], sets[s])
 
-    def _expected(
-        self, method: str, mean: Array, before: Array, left: float, members: tuple[int, ...], inside: Applicability,
-        explain: bool,
-    ) -> Prediction:  # fmt: skip
+        return found, explain, (model, observed) if observed is not None or any(a.inside for a in inside) else None
+
+    def _expected(self, method: str, mean: Array, left: float, members: tuple[int, ...]) -> Prediction:
         """A prediction with a conformal interval, of which ``left`` is left after measurements."""
-        assert self.comparison is not None
         value = float(unlink(mean).mean())
         reach = float(self.prior.spreads[method].reach(np.array([value]), _COVERAGE)[0]) * left
         low, high = max(value - reach, 0.0), min(value + reach, CEILING)
-        terms = {}
-        if explain:
-            slope = float((CEILING - unlink(mean)).mean())
-            terms = {k: slope * t for k, t in self.prior.terms(self.comparison, members, method).items()}
-            terms["measured merges"] = value - float(unlink(before).mean())
-        return self._prediction(
-            method, value, low, high, unlink(mean), tuple(self.names[i] for i in members), terms, inside
-        )
+        return self._prediction(method, value, low, high, unlink(mean), members)
+
+    def _moved(self, method: str, mean: Array, before: Array, members: tuple[int, ...]) -> dict[str, float]:
+        """By how much each kind of feature, and measured merges, moved a prediction: in what is retained (or lost)."""
+        assert self.comparison is not None
+        value = float(unlink(before).mean())
+        moved = {
+            name: value - float(unlink(before - t).mean())
+            for name, t in self.prior.terms(self.comparison, members, method).items()
+        }
+        moved["measured merges"] = float(unlink(mean).mean()) - value
+        return {name: -t for name, t in moved.items()} if method == BARRIER else moved
 
     def _prediction(
-        self, method: str, value: float, low: float, high: float, by_model: Array, who: tuple[str, ...],
-        terms: Mapping[str, float], inside: Applicability,
-    ) -> Prediction:  # fmt: skip
+        self, method: str, value: float, low: float, high: float, by_model: Array, members: tuple[int, ...]
+    ) -> Prediction:
+        yes = Applicability(True, 1.0)
         if method == BARRIER:
-            turned = {name: -t for name, t in terms.items()}
-            return Prediction(method, 1 - value, 1 - high, 1 - low, _COVERAGE, {}, turned, inside)
-        kept = {n: float(v) for n, v in zip(who, by_model, strict=True)}
-        return Prediction(method, value, low, high, _COVERAGE, kept, terms, inside)
+            return Prediction(method, 1 - value, 1 - high, 1 - low, _COVERAGE, {}, {}, yes)
+        kept = {self.names[i]: float(v) for i, v in zip(members, by_model, strict=True)}
+        return Prediction(method, value, low, high, _COVERAGE, kept, {}, yes)
 
     def _agreements(
         self, method: str, sets: Sequence[tuple[int, ...]], cells: Cells, observed: Observed | None
@@ -558,4 +572,4 @@ def _answers(wiring: Wiring, tensors: Mapping[str, torch.Tensor], given: Any, na
     return found
 
 
-__all__ = ["JOINT", "METHODS", "MOST", "score"]
+__all__ = ["JOINT", "MOST", "score"]
