@@ -4,8 +4,10 @@
 
 Each merge is a process of its own, timed from its start to its end, imports included; the best of ``--repeat``. Every
 size is a base and three fine-tunes of it, written to a temporary folder first, so that the files are in the page
-cache for both programs. Memory is polled: ``peak`` is the largest resident size (what ``getrusage`` calls maxrss, pages
-of mapped files included), ``private`` its largest anonymous part, what the process really takes from the machine.
+cache for both programs; both may use ``--threads``. ``peak`` is the largest resident size (the kernel's VmHWM, pages of
+mapped files included): the figure to compare, since it is never too small. ``private`` is its largest anonymous part,
+polled: what the process takes from the machine that could not be dropped at once. (The maxrss of ``getrusage`` would
+count this program's own memory before it becomes the other one.)
 
 mergekit is best installed in an environment of its own; without it only our rows are printed.
 """
@@ -40,28 +42,31 @@ MERGEKIT = {"linear": "linear", "task-arithmetic": "task_arithmetic", "ties": "t
 
 def measured(command: list[str], environment: dict[str, str]) -> tuple[float, int, int]:
     """Seconds, peak resident bytes and peak anonymous bytes of a process."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     peaks = [0, 0]
+    over = threading.Event()
 
-    def poll() -> None:
-        while process.poll() is None:
+    def poll(pid: int) -> None:
+        while not over.wait(0.01):
             try:
-                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                status = Path(f"/proc/{pid}/status").read_text()
             except OSError:
                 return
-            found = dict(line.split()[:2] for line in text.splitlines()[1:])
-            peaks[0] = max(peaks[0], int(found.get("Rss:", 0)) << 10)
-            peaks[1] = max(peaks[1], int(found.get("Anonymous:", 0)) << 10)
-            time.sleep(0.02)
+            found = dict(line.split()[:2] for line in status.splitlines() if line.startswith(("VmHWM", "RssAnon")))
+            peaks[0] = max(peaks[0], int(found.get("VmHWM:", 0)) << 10)
+            peaks[1] = max(peaks[1], int(found.get("RssAnon:", 0)) << 10)
 
-    watcher = threading.Thread(target=poll)
-    watcher.start()
-    output, _ = process.communicate()
-    seconds = time.perf_counter() - started
-    watcher.join()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} … failed:\n{output.decode()[-3000:]}")
+    with tempfile.TemporaryFile() as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        watcher = threading.Thread(target=poll, args=(process.pid,))
+        watcher.start()
+        process.wait()
+        seconds = time.perf_counter() - started
+        over.set()
+        watcher.join()
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command[:4])} … failed:\n{output.read().decode()[-3000:]}")
     return seconds, peaks[0], peaks[1]
 
 
@@ -80,12 +85,13 @@ def main() -> None:
     parser.add_argument("--mergekit", default=os.environ.get("MERGEKIT") or shutil.which("mergekit-yaml"))
     parser.add_argument("--sizes", nargs="+", default=["63M:float32", "301M:bfloat16"])
     parser.add_argument("--methods", nargs="+", default=["linear", "task-arithmetic", "ties"])
+    parser.add_argument("--threads", default="2", help="OMP_NUM_THREADS of both programs")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--mergekit-repeat", type=int, default=1)
     parser.add_argument("--results", type=Path, help="JSON lines to add to")
     parser.add_argument("--folder", type=Path, help="where the models are written (default: a temporary folder)")
     arguments = parser.parse_args()
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment = {**os.environ, "OMP_NUM_THREADS": arguments.threads, "MKL_NUM_THREADS": arguments.threads}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     rows = []
     for size in arguments.sizes:
