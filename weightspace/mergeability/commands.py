@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightspace.errors import WeightspaceError
 from weightspace.mergeability.measurements import BARRIER, Measurement, read_measurements
-from weightspace.mergeability.report import MergeReport, Prediction, Scored
+from weightspace.mergeability.report import GROUPED, MergeReport, Prediction, Scored
 from weightspace.mergeability.score import score
 
 if TYPE_CHECKING:
@@ -132,10 +132,11 @@ def tables(report: MergeReport, top: int = 20, least: float | None = None, block
     pairs = report.ranked(2)
     if len(pairs) > 1:
         found.append(_pairs(pairs, top))
-        groups = report.groups(least)
+        enough = least or GROUPED
+        groups = report.groups(enough)
         if groups:
             found.append(Table(
-                "groups of models that are expected to merge well with each other", ("number", "models"),
+                f"groups in which every pair is expected to retain {100 * enough:g} %", ("number", "models"),
                 tuple((str(len(g)), ", ".join(g)) for g in groups[:5]),
             ))  # fmt: skip
     if blocks and report.comparison is not None:

@@ -29,6 +29,8 @@ TERMS = (
     "size of the change",
 )  # fmt: skip
 """What the weights say of a merge, whether anything is predicted from it or not."""
+GROUPED = 0.9
+"""Retained accuracy that every pair of a proposed group is expected to reach."""
 _SHOWN = 12
 
 
@@ -154,8 +156,12 @@ class MergeReport:
 
     @property
     def top(self) -> Scored | None:
-        """The merge of all models together; where they are more than 8, the most promising pair."""
-        return self.merges[0] if self.merges else None
+        """The merge of all models together; the most promising pair where they are more than 8, or where nothing is
+        predicted of all together."""
+        if not self.merges:
+            return None
+        first = self.merges[0]
+        return first if first.best else next((m for m in self.ranked(2) if m.best), first)
 
     @property
     def verdict(self) -> str:
@@ -202,12 +208,11 @@ class MergeReport:
         found = [m for m in self.merges if len(m.models) == size]
         return sorted(found, key=lambda m: -m.value if not math.isnan(m.value) else math.inf)
 
-    def groups(self, least: float | None = None, *, overlap: bool = False) -> list[tuple[str, ...]]:
-        """Groups of models that are expected to merge well with each other, largest and best first.
+    def groups(self, least: float = GROUPED, *, overlap: bool = False) -> list[tuple[str, ...]]:
+        """Groups of models that are expected to merge well pair by pair, largest and best first.
 
-        Cliques of the pairs whose best method is expected to retain at least ``least`` (default: the better third of
-        all pairs, but at least 0.8). Each model is in one group, the largest first; with ``overlap`` all maximal
-        cliques are given, the best 100 of them.
+        Cliques of the pairs whose best method is expected to retain at least ``least``. Each model is in one group, the
+        largest first; with ``overlap`` all maximal cliques are given, the best 100 of them.
         """
         from itertools import islice
 
@@ -216,8 +221,6 @@ class MergeReport:
         pairs = {m.models: m.value for m in self.merges if len(m.models) == 2 and not math.isnan(m.value)}
         if not pairs:
             return []
-        if least is None:
-            least = max(0.8, float(np.quantile(list(pairs.values()), 2 / 3)))
         place = {name: i for i, name in enumerate(self.models)}
 
         def worth(group: tuple[str, ...]) -> float:
@@ -394,4 +397,4 @@ def _plain(x: Any) -> Any:
     return x
 
 
-__all__ = ["TERMS", "MergeReport", "Prediction", "Scored", "Suggestion", "said", "terms_of"]
+__all__ = ["GROUPED", "TERMS", "MergeReport", "Prediction", "Scored", "Suggestion", "said", "terms_of"]

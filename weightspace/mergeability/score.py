@@ -80,11 +80,12 @@ def score(
     ``models``: two or more paths, checkpoints or mappings of tensors, or a mapping of names to such; or a folder of
     models (a ``Zoo``), of which those that fit the base are taken and whose recorded merges count as ``known``.
     ``base``: what they were fine-tuned from; without it nothing is predicted unless merges were measured. ``methods``:
-    those to predict (default: all that were learned). ``known``: measured merges of these models (a table with ``a, b, method, outcome``; see ``measurements``), which sharpen all
-    else. ``inputs``: a few unlabelled inputs by model name, of that model's task: models are merged in memory, and how
-    often the merged one answers as the single one does counts as an uncertain measurement. ``checks``: do the
-    preflight; without, only names and shapes are looked at. ``prior``: another merge-ability model than that which
-    comes with weightspace, or the folder that ``weightspace train merge`` wrote it to.
+    those to predict (default: all that were learned). ``known``: measured merges of these models (a table with
+    ``a, b, method, outcome``; see ``measurements``), which sharpen all else. ``inputs``: a few unlabelled inputs by
+    model name, of that model's task: models are merged in memory, and how often the merged one answers as the single
+    one does counts as an uncertain measurement. ``checks``: do the preflight; without, only names and shapes are looked
+    at. ``prior``: another merge-ability model than that which comes with weightspace, or the folder that
+    ``weightspace train merge`` wrote it to. ``progress``: show bars on the terminal.
 
     Protected models are scored as they are once undone (``report.undone``); models that do not fit are left out and
     named. Of more than 64 models all pairs are ranked, but measured merges cannot be taken into account.
