@@ -141,10 +141,14 @@ def tables(report: MergeReport, top: int = 20, least: float | None = None, block
             ))  # fmt: skip
     if blocks and report.comparison is not None:
         frame = report.blocks()
-        columns = tuple(map(str, frame.columns))
+        frame["overlap"] = (frame["left subspace"] + frame["right subspace"]) / 2
+        shown = {
+            "share": "share", "cosine": "cosine", "sign conflict": "signs", "overlap": "overlap",
+            "singular interference": "interference", "norm ratio": "ratio", "axis misalignment": "axes",
+        }  # fmt: skip
         found.append(Table(
-            f"block by block: {' + '.join(first.models)}", ("block", *columns),
-            tuple((str(name), *(f"{float(row[c]):.3f}" for c in columns)) for name, row in frame.iterrows()),
+            f"block by block: {' + '.join(first.models)}", ("block", *shown.values()),
+            tuple((str(name), *(f"{float(row[c]):.3f}" for c in shown)) for name, row in frame.iterrows()),
         ))  # fmt: skip
     return found
 
