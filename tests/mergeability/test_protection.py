@@ -16,6 +16,7 @@ from weightspace.errors import UnprovedWiringError, WeightspaceError
 from weightspace.mergeability import protection
 from weightspace.mergeability.linear import alike, inner_factors, products_apart, random_maps, solve
 from weightspace.wiring.proof import distance, run
+from weightspace.wiring.wiring import Permutation
 
 sys.path.insert(0, str(Path(__file__).parent))
 from networks import BUILDERS, child, fresh, wiring
@@ -141,6 +142,21 @@ def test_one_layer_alone_is_found_and_named() -> None:
     found = protection.examine(copy, base, w)
     assert {(e.kind, e.factor) for e in found.evidence} == {("permutations", name)}
     assert all(torch.equal(found.tensors[n], tuned[n]) for n in tuned)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_two_elements_that_changed_places_are_found_in_every_factor(name: str) -> None:
+    w, base = wiring(name), fresh(name, 1)
+    tuned = child(base, 1, 0.1)
+    movable = [f for f in w.free if f not in {i.factor for i in inner_factors(w)}]
+    for seed, factor in enumerate(movable):
+        size = w.factors[factor].size
+        order = torch.arange(size).expand(*(w.factors[o].size for o in w.factors[factor].over), size).clone()
+        pair = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:2]
+        order.reshape(-1, size)[0, pair] = order.reshape(-1, size)[0, pair.flip(0)]
+        found = protection.examine(w.apply(Permutation({factor: order}, w.factors), tuned), base, w)
+        assert ("permutations", factor) in {(e.kind, e.factor) for e in found.evidence}
+        assert apart(dict(found.tensors), tuned) < 0.1
 
 
 def test_a_change_that_is_no_symmetry_is_not_undone() -> None:
