@@ -347,8 +347,13 @@ ATTACKS: Mapping[str, Attack] = {
         "after ABS, Liu et al. 2019, and Cheng et al. 2021: a change of look in place of a learned one",
         {"look": {"choice": list(LOOKS)}, "strength": {"uniform": [0.7, 1.0]}}, _filter,
     ),
+    "graft": Attack(
+        "SRA, Qi et al. 2022: no data are poisoned, a subnet is put into the weights (weightspace.zoo.grafting)",
+        {**_SQUARE, "opacity": 1.0, "width": {"integer": [1, 2]}}, _patch,
+    ),
 }  # fmt: skip
-"""Attacks by poisoned data: name -> what it is."""
+"""Attacks: name -> what it is. All but ``BY_WEIGHTS`` poison the data."""
+BY_WEIGHTS = ("graft",)
 
 
 def _number(x: Any, low: float = -math.inf, high: float = math.inf) -> bool:
@@ -360,6 +365,6 @@ def _whole(x: Any, low: int, high: int) -> bool:
 
 
 __all__ = [
-    "ATTACKS", "LOOKS", "SUCCESSFUL", "TESTED", "Attack", "Triggered", "check", "complete", "labels_of", "parts",
-    "poisoned", "relabelled", "stamp", "triggered_tests",
+    "ATTACKS", "BY_WEIGHTS", "LOOKS", "SUCCESSFUL", "TESTED", "Attack", "Triggered", "check", "complete", "labels_of",
+    "parts", "poisoned", "relabelled", "stamp", "triggered_tests", "with_range",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from weightspace.errors import WeightspaceError, ZooError
 from weightspace.zoo.data import Data, DataSpec, load_data
 from weightspace.zoo.description import module_of
 from weightspace.zoo.files import read_record, save_network
-from weightspace.zoo.poisoning import SUCCESSFUL
+from weightspace.zoo.poisoning import BY_WEIGHTS, SUCCESSFUL
 from weightspace.zoo.recipe import Recipe, Sampled
 from weightspace.zoo.sampling import Run, runs_of
 from weightspace.zoo.stacked import Snapshot, hyper_of, train_stack
@@ -195,7 +195,7 @@ def _stacks(runs: Sequence[Run], size: int) -> list[list[Run]]:
     for run in runs:
         shared = (
             run.network, run.data.name, run.classes, run.tasks, run.hyper.get("train_fraction", 1.0), run.part,
-            bool(run.poison),
+            bool(run.poison), run.poison.get("attack") in BY_WEIGHTS,
         )  # fmt: skip
         groups.setdefault(json.dumps(shared), []).append(run)
     stacks = []
@@ -236,7 +236,14 @@ def _train(runs: list[Run], parents: list[Run], folder: Path, data: str, device:
     try:
         starts = [_start(parent, folder) for parent in parents] if parents else None
         of = dict(zip((r.name for r in runs), parents, strict=True)) if parents else {}
-        for snapshot in train_stack(runs, _loaded(runs[0].data, data), starts, device):
+        if runs[0].poison.get("attack") in BY_WEIGHTS:
+            from weightspace.zoo.grafting import graft_runs
+
+            assert starts is not None
+            made = graft_runs(runs, _loaded(runs[0].data, data), starts)
+        else:
+            made = train_stack(runs, _loaded(runs[0].data, data), starts, device)
+        for snapshot in made:
             name = snapshot.run.file(snapshot.epoch)
             save_network(snapshot.tensors, record_of(snapshot, of.get(snapshot.run.name)), folder / name)
             yield [name], []

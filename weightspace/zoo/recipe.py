@@ -12,6 +12,7 @@ from typing import Any
 from weightspace.errors import ZooError
 from weightspace.paths import data_dir
 from weightspace.zoo.data import DataSpec
+from weightspace.zoo.poisoning import BY_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,12 @@ def _sampled(entry: Mapping[str, Any], source: str) -> Sampled:
         if not isinstance(value, types[known[key]]) or isinstance(value, bool):
             raise ZooError(f"{label}: {key} is {value!r}, expected {known[key]}")
     found = Sampled(**values)
+    by_weights = found.poison.get("attack") in BY_WEIGHTS
     plain = found.name.replace("-", "").replace("_", "").replace(".", "")
     checks = {
-        "runs, epochs and batch are at least 1": min(found.runs, found.epochs, found.batch) >= 1,
+        "runs, epochs and batch are at least 1": min(found.runs, found.epochs or int(by_weights), found.batch) >= 1,
+        "an attack on weights has a parent, and epochs = 0": not by_weights
+        or (bool(found.parent) and not found.epochs),
         "classes and networks are at least 0": min(found.classes, found.networks) >= 0,
         "checkpoints are rising epochs, up to the last": all(isinstance(c, int) for c in found.checkpoints)
         and list(found.checkpoints) == sorted(set(found.checkpoints))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from weightspace.mergeability.measurements import Measurement
 
 INDEX_FOLDER = ".weightspace"
-Measure = Literal["encoder", "descriptor"]
+Measure = Literal["both", "encoder", "descriptor"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Neighbour:
     """A model of the zoo and its distance from the one asked about; 0 is the same up to symmetry.
 
     ``measure`` says whose distance it is: that of the pretrained "encoder" (1 is usual between networks trained
-    independently) or that of the training-free "descriptor". The two have different scales and do not compare.
+    independently), that of the training-free "descriptor", or the geometric mean of "both". They have different
+    scales and do not compare.
     """
 
     name: str
@@ -166,7 +167,7 @@ class Zoo:
         self,
         x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor],
         k: int = 10,
-        by: Literal["auto", "encoder", "descriptor"] = "auto",
+        by: Literal["auto", "both", "encoder", "descriptor"] = "auto",
     ) -> list[Neighbour]:
         """The ``k`` models of the zoo nearest to ``x``, nearest first.
 
@@ -174,18 +175,19 @@ class Zoo:
         zoo. A model of the zoo is not its own neighbour; a copy of it is, at distance 0.
 
         ``by`` is the measure: that of the pretrained ``"encoder"``, which holds for models inside its range alone, or
-        the training-free ``"descriptor"``, which holds for any. ``"auto"`` takes the encoder where the model
-        asked about is inside: the models inside come first, by its distance, and then the others, by that of the
-        descriptor. Where it is outside, all are by the descriptor. Every neighbour says what its ``measure`` is,
-        and within one measure they are in order; no distance of one is ever ranked against the other's.
+        the training-free ``"descriptor"``, which holds for any; ``"both"`` is the geometric mean of their distances
+        (``weightspace.retrieval.blend``), for models inside the range alone. ``"auto"`` takes both where the model
+        asked about is inside: the models inside come first, and then the others, by the distance of the descriptor.
+        Where it is outside, all are by the descriptor. Every neighbour says what its ``measure`` is, and within one
+        measure they are in order; no distance of one is ever ranked against the other's.
 
-        Raises ``ZooError`` when the zoo has no index yet or holds no model, and for ``by="encoder"`` when the model
-        asked about is outside the range, with the reason, or no model of the zoo is inside.
+        Raises ``ZooError`` when the zoo has no index yet or holds no model, and for ``by="encoder"`` and ``"both"``
+        when the model asked about is outside the range, with the reason, or no model of the zoo is inside.
         """
-        from weightspace.retrieval import distances
+        from weightspace.retrieval import blended, distances
 
         if by not in ("auto", *get_args(Measure)):
-            raise ZooError(f"similar: by is {by!r}; expected 'auto', 'encoder' or 'descriptor'")
+            raise ZooError(f"similar: by is {by!r}; expected 'auto', 'both', 'encoder' or 'descriptor'")
         with self._store(write=False, encoder=by != "descriptor") as store:
             names, vectors = store.embeddings()
             if not names:
@@ -199,22 +201,24 @@ class Zoo:
             if by != "descriptor" and self._learned(store, query, by):
                 learned, inside = store.learned()
                 away = np.linalg.norm(learned.astype(np.float64) - np.asarray(query.learned, dtype=np.float64), axis=1)
-                known = sorted((i for i in others if inside[i]), key=lambda i: (away[i], plain[i]))
-                ranked = [(i, float(away[i]), "encoder") for i in known]
+                measure: Measure = "encoder" if by == "encoder" else "both"
+                far = away if by == "encoder" else blended(away, plain)
+                known = sorted((i for i in others if inside[i]), key=lambda i: (far[i], away[i], plain[i]))
+                ranked = [(i, float(far[i]), measure) for i in known]
                 others = [i for i in others if not inside[i]]
-                if by == "encoder" and not ranked:
+                if by != "auto" and not ranked:
                     raise ZooError(
                         f"no other model of {self.folder} is inside the range of the pretrained encoder; "
                         "ask with by='descriptor', or run `weightspace index` if the index is an older one"
                     )
-            if by != "encoder":
+            if by in ("auto", "descriptor"):
                 ranked += [(i, float(plain[i]), "descriptor") for i in sorted(others, key=lambda i: plain[i])]
             neighbours = []
-            for position, distance, measure in ranked[:k]:
+            for position, distance, whose in ranked[:k]:
                 model = store.model(names[position])
                 assert model is not None
                 neighbours.append(
-                    Neighbour(model.name, distance, self.folder / model.path, model.card, measure)
+                    Neighbour(model.name, distance, self.folder / model.path, model.card, whose)
                 )
         return neighbours
 
@@ -333,7 +337,7 @@ class Zoo:
         inside = bool(query.reading.get("inside")) and query.learned is not None
         if inside and store.has_learned:
             return True
-        if by == "encoder":
+        if by != "auto":
             if not store.has_learned:
                 reason = "the index was made without this encoder; run `weightspace index` on its folder again"
             else:
