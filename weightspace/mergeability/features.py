@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -74,29 +75,32 @@ class Comparison:
     parameters: int = 0
     base: bool = True
 
+    @cached_property
+    def _summaries(self) -> tuple[Array, Array]:
+        """Of models ``(n, own)`` and of pairs ``(n, n, pair)``: their blocks in a fixed length."""
+        shares = self.changes / np.maximum(self.changes.sum(1, keepdims=True), 1e-30)
+        return _summary(self.own, shares), _summary(self.pairs, (shares[:, None] + shares[None]) / 2)
+
     def vector(self, i: int, partners: Sequence[int]) -> Array:
         """What is known of model ``i`` in a merge with ``partners``, ``(len(NAMES),)``; order of partners is free."""
-        shares = self.changes / np.maximum(self.changes.sum(1, keepdims=True), 1e-30)
-        mine = _summary(self.own[i], shares[i])
-        theirs = np.mean([_summary(self.own[j], shares[j]) for j in partners], axis=0)
-        between = [_summary(self.pairs[i, j], (shares[i] + shares[j]) / 2) for j in partners]
-        among = [
-            self.whole[j, k] for n, j in enumerate(partners) for k in partners[n + 1 :]
-        ]
+        own, pairs = self._summaries
+        others = list(partners)
+        among = [self.whole[j, k] for n, j in enumerate(others) for k in others[n + 1 :]]
         whole = np.array(
             [
                 self.scale[i],
-                np.log(np.mean([np.exp(self.scale[j]) for j in partners]) + 1e-12),
-                np.log(sum(np.exp(2 * self.scale[j]) for j in partners) + 1e-24) / 2 - self.scale[i],
-                np.mean([self.whole[i, j] for j in partners]),
-                max(self.whole[i, j] for j in partners),
+                np.log(np.mean(np.exp(self.scale[others])) + 1e-12),
+                np.log(np.exp(2 * self.scale[others]).sum() + 1e-24) / 2 - self.scale[i],
+                self.whole[i, others].mean(),
+                self.whole[i, others].max(),
                 float(np.mean(among)) if among else 0.0,
-                float(len(partners)),
+                float(len(others)),
                 np.log(max(self.parameters, 1)),
                 float(len(self.blocks)),
             ]
         )
-        return np.concatenate((whole, mine, theirs, np.mean(between, axis=0), np.max(between, axis=0)))
+        between = pairs[i, others]
+        return np.concatenate((whole, own[i], own[others].mean(0), between.mean(0), between.max(0)))
 
     def vectors(self, merges: Sequence[Sequence[int]]) -> Array:
         """A row for each model of each merge, in that order: ``(cells, len(NAMES))``."""
@@ -195,7 +199,7 @@ def compare(
         gram = _gram(delta)
         lengths += np.diag(gram)
         products += gram
-        size = float(delta[0].square().sum() if start is None else start.double().square().sum())
+        size = float(np.diag(gram).mean() if start is None else start.double().square().sum())
         origin += size
         if delta.dim() > 2 and delta.shape[1] > 1:
             rows.append((name, *_block(delta, gram, size)))
@@ -324,13 +328,13 @@ def _spectra(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _summary(terms: Array, shares: Array) -> Array:
-    """Blocks ``(blocks, terms)`` as ``(terms · SUMMARIES,)``."""
-    weight = (shares / max(float(shares.sum()), 1e-30))[:, None]
-    inner = terms[1:-1].mean(0) if len(terms) > 2 else terms.mean(0)
+    """Blocks ``(..., blocks, terms)`` with shares ``(..., blocks)`` as ``(..., terms · SUMMARIES)``."""
+    weight = (shares / np.maximum(shares.sum(-1, keepdims=True), 1e-30))[..., None]
+    inner = terms[..., 1:-1, :] if terms.shape[-2] > 2 else terms
     found = np.stack((
-        (terms * weight).sum(0), terms.max(0), terms.min(0), terms[0], inner, terms[-1],
-    ), axis=1)  # fmt: skip
-    flat: Array = found.reshape(-1)
+        (terms * weight).sum(-2), terms.max(-2), terms.min(-2), terms[..., 0, :], inner.mean(-2), terms[..., -1, :],
+    ), axis=-1)  # fmt: skip
+    flat: Array = found.reshape(*found.shape[:-2], -1)
     return flat
 
 

@@ -256,6 +256,16 @@ def retained(posterior: Posterior, cells: Sequence[int] | NDArray[np.int64]) -> 
     return float(unlink(posterior.mean[np.asarray(cells)]).mean())
 
 
+def expected(posterior: Posterior, cells: Sequence[int] | NDArray[np.int64]) -> Array:
+    """The mean retained accuracy of cells under the posterior, ``(len(cells),)``; ``retained`` takes medians.
+
+    Losses are log-normal where ``CEILING`` is far, so theirs is exp(−m + s²/2).
+    """
+    at = np.asarray(cells)
+    found: Array = CEILING - np.exp(-posterior.mean[at] + np.diag(posterior.covariance)[at] / 2)
+    return found
+
+
 def outcome_interval(
     posterior: Posterior, cells: Sequence[int] | NDArray[np.int64], coverage: float = 0.9, widen: float = 1.0
 ) -> tuple[float, float]:
