@@ -173,10 +173,8 @@ class Operators:
         # A table of lookups is read one row at a time: its sums are over rows that never meet.
         natural = torch.where(lookup > 0, fan_in.rsqrt(), torch.ones_like(fan_in))
         self.natural = natural.to(dtype)
-        along, against = _channel_scales(scales, natural, fan_in * positions), _channel_scales(
-            scales, fan_in / fan_out * natural, fan_out * positions
-        )
-        self.forward_scale, self.backward_scale = along.to(dtype), against.to(dtype)
+        self.forward_scale = _channel_scales(scales, natural, fan_in * positions).to(dtype)
+        self.backward_scale = _channel_scales(scales, fan_in / fan_out * natural, fan_out * positions).to(dtype)
         self.channels: tuple[Tensor, Tensor] | None = None
         if bucket.weight is not None:
             found = channels(bucket.weight.to(dtype))
