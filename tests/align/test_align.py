@@ -16,7 +16,7 @@ import weightspace as ws
 from weightspace.align.frank_wolfe import Relaxed
 from weightspace.checkpoint import list_models
 from weightspace.cli import app
-from weightspace.errors import AlignmentError, UnprovedWiringError, WeightspaceError
+from weightspace.errors import AlignmentError, UnprovedWiringError
 from weightspace.wiring.matching import Matching, float32, inner
 from weightspace.wiring.places import places
 from weightspace.wiring.proof import distance, run
@@ -205,26 +205,6 @@ def test_refusals() -> None:
     assert ws.align(a, b, wiring=wiring.with_(status="unverified"), unverified=True).objective > 0
     with pytest.raises(UnprovedWiringError, match="failed its proof"):
         ws.align(a, b, wiring=wiring.with_(status="failed"), unverified=True)
-
-
-def test_the_universe_is_consistent_and_keeps_functions() -> None:
-    wiring = wired("attention")
-    assert wiring.program is not None
-    models = [drawn("attention", s) for s in range(4)]
-    found = ws.align_many(models, wiring=wiring)
-    assert found.consistent()
-    assert found.permutations[0].is_identity
-    assert found.objective > found.diagnostics["to the first"] - 1e-9 > found.before
-    for model, aligned in zip(models, found.aligned, strict=True):
-        assert distance(run(wiring.program, model, torch.float64), run(wiring.program, aligned, torch.float64)) < 1e-10
-    moved = wiring.apply(found.between(2, 1), models[1])
-    back = wiring.apply(found.permutations[2].invert(), found.aligned[1])
-    assert all(torch.equal(moved[n], back[n]) for n in moved)
-    assert "4 networks" in repr(found)
-    with pytest.raises(AlignmentError, match="two or more"):
-        ws.align_many(models[:1], wiring=wiring)
-    with pytest.raises(WeightspaceError, match="model 1"):
-        ws.align_many([models[0], drawn("mlp", 0)], wiring=wiring)
 
 
 @pytest.mark.skipif(not OTFUSION.is_file(), reason="needs ../shared/checkpoints/otfusion-mnist")

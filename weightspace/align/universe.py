@@ -90,14 +90,14 @@ class Universe:
 
 def align_many(
     models: Sequence[Model], *, wiring: Wiring | None = None, seed: int = 0, unverified: bool = False,
-    rounds: int = 20, kicks: int | None = None, steps: int = 60, weighting: str = "plain",
+    rounds: int = 20, kicks: int = 0, steps: int = 60, weighting: str = "plain",
 ) -> Universe:  # fmt: skip
     """Move networks of one wiring into a common frame; the function of each stays what it was.
 
     From a match of all to the first network, each in turn is matched to the sum of the others: by coordinate ascent
-    from where it is and, where the network is small or ``steps`` are asked for, by Frank-Wolfe from the centre
-    (``steps=0``: never); what raises the sum of all pairwise inner products is kept. Ends when a round changes
-    nothing, or after ``rounds``. ``kicks`` and ``weighting`` as for weight matching.
+    from where it is and, in the first round and where the network is small, by ``steps`` of Frank-Wolfe from the centre
+    (0: never); what raises the sum of all pairwise inner products is kept. Ends when a round changes nothing, or after
+    ``rounds``. ``kicks`` of each network in each round, and ``weighting``, as for weight matching.
 
     Raises as ``align`` does, and ``AlignmentError`` for fewer than two models.
     """
@@ -128,7 +128,7 @@ def align_many(
         changed = False
         for n in torch.randperm(len(wide), generator=generator).tolist():
             others = {t: sum((m[t] for k, m in enumerate(moved) if k != n), torch.zeros(())) for t in weights}
-            best = _settle(found, others, wide[n], weights, elements[n], generator, steps, kicks)
+            best = _settle(found, others, wide[n], weights, elements[n], generator, steps if done == 1 else 0, kicks)
             if best is not None:
                 elements[n], changed = best, True
                 moved[n] = acted(found, best, wide[n])
@@ -146,15 +146,14 @@ def align_many(
 
 def _settle(
     wiring: Wiring, others: Mapping[str, Tensor], own: Mapping[str, Tensor], weights: Mapping[str, float],
-    now: Permutation, generator: torch.Generator, steps: int, kicks: int | None,
+    now: Permutation, generator: torch.Generator, steps: int, kicks: int,
 ) -> Permutation | None:  # fmt: skip
     """A better place for one network beside the sum of the others, or None where it has the best found."""
     here = Matching(wiring, others, own, weights, start=now)
     before = here.recount()
     here.ascend(generator)
-    small = here.work <= 1e9
     best = here
-    if steps and small:
+    if steps and here.work <= 1e9:
         relaxed = Relaxed(wiring, others, own, weights)
         relaxed.begin("centre")
         relaxed.climb(steps, 1e-5)
@@ -162,7 +161,7 @@ def _settle(
         there.ascend(generator)
         if there.recount() > here.recount():
             best = there
-    for _ in range((10 if small else 0) if kicks is None else kicks):
+    for _ in range(kicks):
         best.kick(generator)
     return best.permutation if best.recount() > before + 1e-6 * best.unit else None
 
