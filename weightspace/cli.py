@@ -36,7 +36,7 @@ app.add_typer(zoo_app, name="zoo")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", help="Worker processes (default: one per core).")]
-By = Literal["auto", "encoder", "descriptor"]
+By = Literal["auto", "both", "encoder", "descriptor"]
 ZooFolder = Annotated[
     Path | None,
     typer.Option("--zoo", help="The zoo's folder (default: the nearest indexed folder above FILE)."),
@@ -83,13 +83,13 @@ def similar(
     file: Annotated[str, typer.Argument(help="A model file, file!member, or the name of a model in the zoo.")],
     zoo: ZooFolder = None,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours.", min=1)] = 10,
-    by: Annotated[By, typer.Option(help="Whose distances: encoder (inside its range), descriptor, or auto.")] = "auto",
+    by: Annotated[By, typer.Option(help="Whose distances: encoder or both (in its range), descriptor, auto.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """The models of a zoo nearest to FILE, with distances: 0 is the same network up to symmetry.
 
-    By the pretrained encoder where FILE is inside its range, models outside after the others; else by the
-    training-free descriptor.
+    By the pretrained encoder and the training-free descriptor together where FILE is inside the encoder's range, models
+    outside after the others; else by the descriptor.
     """
     found = _zoo_of(file, zoo)
     neighbours = found.similar(file, k, by)
@@ -235,6 +235,12 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: as it is).")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Most bytes in a file, such as 5GB.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random masks.")] = None,
+    align: Annotated[
+        str | None, typer.Option(help="First move the models onto the base or first one, such as weight-matching.")
+    ] = None,
+    repair: Annotated[str | None, typer.Option(help="Then repair by weights, or by data or statistics.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="File of inputs, for all models or one for each.")] = None,
+    unverified: Annotated[bool, typer.Option("--unverified", help="Trust a wiring that is not proved.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge models into one, tensor by tensor from files to a file, and report what became of each tensor."""
@@ -242,7 +248,8 @@ def merge(
 
     merged = run(
         inputs, method=method, base=base, out=out, weights=weight, exclude=exclude or (), dtype=dtype,
-        max_shard_size=max_shard_size, seed=seed, hyper=hyper or (), progress=_to_stderr(),
+        max_shard_size=max_shard_size, seed=seed, hyper=hyper or (), align=align, repair=repair, data=data or (),
+        unverified=unverified, progress=_to_stderr(),
     )  # fmt: skip
     if as_json:
         _print_json({"path": str(merged.path), **json.loads(merged.report.to_json())})

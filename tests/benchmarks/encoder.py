@@ -4,8 +4,9 @@
 
 Each argument is a population's folder, named after its recipe (``weightspace zoo build`` makes them). Of populations
 that the shipped metanets learned from, the runs of their test part are asked, by the split of ``recipe.toml``; of any
-other all. Prints Markdown tables: retrieval, intervals of the predicted accuracy, and applicability. ``--seconds``
-prints instead what reading with them adds to the time that the index takes for a file.
+other all. Prints Markdown tables: retrieval (by the encoder, the descriptor, and both as ``similar`` takes them
+together), intervals of the predicted accuracy, and applicability; ``--retrieval`` the first alone. ``--seconds`` prints
+instead what reading with them adds to the time that the index takes for a file.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--retrieval", action="store_true", help="the table of retrieval alone")
     parser.add_argument("--seconds", action="store_true", help="time alone: of opening, wiring, describing, reading")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,6 +85,9 @@ def main() -> int:
     tests, held = pools(arguments.folders)
     joined = {"held-out runs": [s for part in tests.values() for s in part]} if tests else {}
     recalls: list[Recall] = list(retrieval(model, {**joined, **held}, most=MOST))
+    if arguments.retrieval:
+        print(json.dumps([asdict(r) for r in recalls]) if arguments.json else retrieval_table(recalls))
+        return 0
     labelled = {
         name: [s for s in part if isinstance(s.record.get("test_accuracy"), float)]
         for name, part in {**tests, **held}.items()

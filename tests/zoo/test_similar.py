@@ -67,12 +67,29 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 def test_inside_the_encoder_ranks_and_what_is_outside_comes_after(zoo: ws.Zoo) -> None:
     found = zoo.similar("inside-0.safetensors")
-    assert [n.measure for n in found] == ["encoder"] * 3 + ["descriptor"] * 2
+    assert [n.measure for n in found] == ["both"] * 3 + ["descriptor"] * 2
     assert found[0].name == "copy-of-0.safetensors"
     assert found[0].distance < 1e-3 < found[1].distance
-    for measure in ("encoder", "descriptor"):
+    for measure in ("both", "descriptor"):
         own = [n.distance for n in found if n.measure == measure]
         assert own == sorted(own)
+
+
+def test_both_is_the_geometric_mean_of_the_two(zoo: ws.Zoo) -> None:
+    asked = {
+        by: {n.name: n.distance for n in zoo.similar("inside-1.safetensors", by=by)}
+        for by in ("both", "encoder", "descriptor")
+    }
+    assert len(asked["both"]) == 3
+    for name, distance in asked["both"].items():
+        expected = (asked["encoder"][name] * asked["descriptor"][name]) ** 0.5
+        assert distance == pytest.approx(expected, rel=1e-6)
+    # A copy on disk is at zero by every measure.
+    copy = zoo.folder / "another-file.safetensors"
+    copy.write_bytes((zoo.folder / "inside-1.safetensors").read_bytes())
+    found = zoo.similar(copy)
+    assert found[0].name == "inside-1.safetensors"
+    assert found[0].distance < 1e-6
 
 
 def test_a_rescaled_copy_is_at_zero_for_the_encoder_and_not_for_the_descriptor(zoo: ws.Zoo) -> None:
@@ -117,7 +134,7 @@ def test_an_index_of_descriptors_alone_is_brought_up_to_date_and_loses_nothing(z
     report = zoo.index(jobs=1, progress=False)
     assert (report.described, report.models, report.inside) == (6, 6, 4)
     assert zoo.similar("inside-0.safetensors", by="descriptor") == before
-    assert zoo.similar("inside-0.safetensors")[0].measure == "encoder"
+    assert zoo.similar("inside-0.safetensors")[0].measure == "both"
     assert zoo.index(jobs=1, progress=False).described == 0
 
 

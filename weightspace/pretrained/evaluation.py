@@ -1,8 +1,8 @@
 """What the pretrained metanets are worth on networks that they have not seen: rows for the model card and benchmarks.
 
 Retrieval asks a pool of networks with each of them (or with a changed copy) and counts how often something relevant is
-the nearest (recall@1) or among the nearest ten (recall@10), by the encoder, by the training-free descriptor and by
-chance. Intervals are 95 % ones of the bootstrap over lineages.
+the nearest (recall@1) or among the nearest ten (recall@10): by the encoder, by the training-free descriptor, by both as
+``Zoo.similar`` takes them together, and by chance. Intervals are 95 % ones of the bootstrap over lineages.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from weightspace.pretrained.applicability import LEAST, Range
 from weightspace.pretrained.model import Seen, Shipped, mixed
 from weightspace.pretrained.networks import disturbed
 from weightspace.pretrained.views import described
+from weightspace.retrieval import blended
 
 Bools = NDArray[np.bool_]
 NOISES = (0.1, 0.3)
@@ -150,12 +151,10 @@ def _asked(model: Shipped, pool: str, samples: list[Sample], draws: int) -> Iter
     descriptors = described([s.graph for s in samples])
     for q in _questions(model, samples, pooled):
         asked, queries = q.wanted.any(1), int(q.wanted.any(1).sum())
-        pairs = {
-            "encoder": (model.vectors(q.queries), model.vectors(pooled)),
-            "descriptor": (described(q.graphs), descriptors),
-        }
-        for measure, (own, others) in pairs.items():
-            first = _first_hit(_far(own, others), q.wanted, q.left)[asked]
+        learned, plain = _far(model.vectors(q.queries), model.vectors(pooled)), _far(described(q.graphs), descriptors)
+        measures = {"both": blended(learned, plain), "encoder": learned, "descriptor": plain}
+        for measure, far in measures.items():
+            first = _first_hit(far, q.wanted, q.left)[asked]
             figures = {k: _share(first < k, trees[asked], draws) for k in RANKS}
             yield Recall(pool, q.text, measure, queries, figures)
         chances = {k: float(_chance(q.wanted, q.left, k)[asked].mean()) for k in RANKS}
