@@ -84,7 +84,7 @@ def test_settings_are_mergekits() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"methd": 1}, "has no key 'methd'; it has base, dtype"),
+        ({"methd": 1}, "has no key 'methd'; it has align, base, data"),
         ({"method": "tise"}, "did you mean ties"),
         ({"method": None}, "says no method"),
         ({"models": []}, "names no models"),

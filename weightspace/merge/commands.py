@@ -30,19 +30,34 @@ def run(
     max_shard_size: str | None = None,
     seed: int | None = None,
     hyper: Sequence[str] = (),
+    align: str | None = None,
+    repair: str | None = None,
+    data: Sequence[str] = (),
+    unverified: bool = False,
     progress: bool = False,
 ) -> Merged:
     """Merge by a recipe, whose entries the options take the place of, or merge the models that are named.
 
-    ``hyper``: ``name=value`` with Python values. Raises `MergeError`.
+    ``hyper``: ``name=value`` with Python values. ``data``: files of inputs (`weightspace.merge.inputs`), one for all
+    models or one for each. Raises `MergeError`.
     """
     recipe = recipe_of(inputs, method, base, weights)
-    changes: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "seed": seed, "base": base}
+    changes: dict[str, Any] = {
+        "dtype": dtype, "max_shard_size": max_shard_size, "seed": seed, "base": base, "align": align, "repair": repair,
+        "unverified": unverified or None,
+    }  # fmt: skip
     changes = {key: value for key, value in changes.items() if value is not None}
     if exclude:
         changes["exclude"] = (*recipe.exclude, *exclude)
     if hyper:
         changes["hyper"] = {**recipe.hyper, **dict(_setting(text) for text in hyper)}
+    if len(data) == 1:
+        changes["data"] = data[0]
+    elif data:
+        if len(data) != len(recipe.models):
+            raise MergeError(f"{len(data)} files of data for {len(recipe.models)} models; give one, or one for each")
+        pairs = zip(recipe.models, data, strict=True)
+        changes["models"] = tuple(dataclasses.replace(model, data=file) for model, file in pairs)
     recipe = dataclasses.replace(recipe, **changes)
     if out is None and recipe.out is None:
         raise MergeError("nothing says where to write to: give --out merged.safetensors, or a new folder")

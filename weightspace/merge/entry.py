@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightspace.errors import MergeError, WiringError
-from weightspace.merge import engine
+from weightspace.merge import aligned, engine
 from weightspace.merge.method import Method, Prepared, Settings, WithData, hyper_parameters
 from weightspace.merge.methods import make
 from weightspace.merge.report import Merged, Report
@@ -38,6 +38,9 @@ def merge(
     weights: Sequence[float] | None = None,
     data: Any = None,
     wiring: Wiring | None = None,
+    align: str | None = None,
+    align_options: Mapping[str, Any] | None = None,
+    repair: str | None = None,
     exclude: Sequence[str] = (),
     dtype: str | torch.dtype | None = None,
     compute: str | torch.dtype | None = None,
@@ -57,6 +60,13 @@ def merge(
     copied. ``out``: a ``.safetensors`` file or a new folder; None gives the tensors in memory. ``weights``: a number
     per model. ``data``, ``wiring``, ``unverified``: for methods that run the network (see `WithData`).
 
+    ``align``: an alignment method of ``ws.align`` by which the models are moved onto the base, or onto the first of
+    them, before they are merged, with its ``align_options``; more than two without a base meet in a common frame
+    (``"weight-matching"``, ``"universe"``). ``"optimal-transport"`` brings other widths to the first one's.
+    ``repair``: what is done to the result: ``"data"``, ``"statistics"`` or ``"weights"``
+    (`weightspace.merge.aligned.repaired`). Both need a proved wiring; a repair holds the result and the models in
+    memory.
+
     ``exclude``: names of tensors, with ``*``, that are copied from the base (or the first model) instead.
     ``dtype``: element type of the result (default: the base's or the first model's, tensor by tensor); arithmetic is
     in float32 (float64 where a model is); ``compute`` says another type, for the methods that can, to have another
@@ -72,6 +82,7 @@ def merge(
     nothing is left behind.
     """
     started = time.perf_counter()
+    aligned.check(align, repair, data)
     labels = list(models) if isinstance(models, Mapping) else [None] * len(models)
     given = list(models.values()) if isinstance(models, Mapping) else list(models)
     sources = [Model(model, name, f"model {i + 1}") for i, (model, name) in enumerate(zip(given, labels, strict=True))]
@@ -92,6 +103,12 @@ def merge(
     if arithmetic.itemsize < 4 and not chosen.narrow:
         raise MergeError(f"{chosen.name} does not compute in {arithmetic}; leave compute out, or say float32")
     target = None if out is None else _target(Path(out), [*sources, *([origin] if origin else [])])
+    given_models = sources
+    remarks: list[str] = []
+    if align is not None:
+        sources, remarks = aligned.bring(
+            sources, origin, align, wiring=wiring, data=data, seed=seed, unverified=unverified, options=align_options
+        )
     planned = plan(
         sources, origin, exclude=exclude, dtype=kind, any_shape=chosen.any_shape, needs_base=chosen.needs_base
     )
@@ -112,6 +129,7 @@ def merge(
     described = {
         "method": chosen.name, "hyper_parameters": hyper_parameters(chosen), "weights": list(shares), "seed": seed,
         "models": [m.label for m in sources], "base": origin.label if origin else None, "exclude": list(exclude),
+        **({"align": align} if align else {}), **({"repair": repair} if repair else {}),
     }  # fmt: skip
     layout = [(a.name, a.shape, a.dtype) for a in planned.actions]
     by_tensor = settings or (lambda _: (chosen, shares))
@@ -125,20 +143,29 @@ def merge(
             )
 
     tensors, path = None, None
-    if target is None:
+    if target is None or repair is not None:
         memory = MemorySink(layout)
         go(memory)
         tensors = memory.tensors
-    else:
-        extra, more = _companions(origin or sources[0], kind) if target.suffix != ".safetensors" else ({}, [])
+    if repair is not None:
+        assert tensors is not None
+        known = _repairable(wiring, everyone[0], unverified)
+        tensors, remark = aligned.repaired(tensors, sources, repair, wiring=known, data=data, weights=shares)
+        remarks.append(remark)
+    if target is not None:
+        extra, more = _companions(origin or given_models[0], kind) if target.suffix != ".safetensors" else ({}, [])
         metadata = {"format": "pt", "merge": json.dumps(described, default=repr)}
         with FileSink(target, layout, metadata=metadata, max_shard_size=_size(max_shard_size), extra=extra) as file:
-            go(file)
-        path = file.result
-        notes.update({f"\0{i}": note for i, note in enumerate(more)})
+            if tensors is None:
+                go(file)
+            else:
+                for name, tensor in tensors.items():
+                    file.write(name, 0, tensor.reshape(-1))
+        path, tensors = file.result, None
+        remarks += more
     rows = [a.row(notes.get(a.name, "")) for a in planned.actions] + planned.left_out
-    said = tuple(note for name, note in notes.items() if name not in {a.name for a in planned.actions})
-    report = Report(tuple(rows), described, time.perf_counter() - started, said)
+    remarks += [note for name, note in notes.items() if name not in {a.name for a in planned.actions}]
+    report = Report(tuple(rows), described, time.perf_counter() - started, tuple(remarks))
     return Merged(report, tensors, path)
 
 
@@ -205,6 +232,22 @@ def _wiring(wiring: Wiring | None, method: Method, model: Model) -> Wiring | Non
             f"{method.name} needs to know how the network is wired, and none of {model.label} was found ({error}); "
             "give one: wiring=ws.wiring(module, inputs)"
         ) from error
+
+
+def _repairable(wiring: Wiring | None, model: Model, unverified: bool) -> Wiring:
+    """The wiring that the result is repaired by. Raises `MergeError` where none is found, or none is proved."""
+    from weightspace.align.entry import check_proved
+    from weightspace.wiring.entry import wiring as find
+
+    try:
+        found = wiring if wiring is not None else find(model.tensors)
+    except WiringError as error:
+        raise MergeError(
+            f"repair needs to know how the network is wired, and none of {model.label} was found ({error}); "
+            "give one: wiring=ws.wiring(module, inputs)"
+        ) from error
+    check_proved(found, unverified, "repaired")
+    return found
 
 
 def _companions(model: Model, dtype: torch.dtype | None) -> tuple[dict[str, bytes | Path], list[str]]:

@@ -122,7 +122,7 @@ def write(recipe: Recipe) -> str:
         shared = sorted({ours for ours, _, _ in _METHODS.values()})
         raise MergeError(f"mergekit has no {recipe.method}; it shares {', '.join(shared)}")
     method, _, known = found[0]
-    for what, value in (("exclude", recipe.exclude),):
+    for what, value in (("exclude", recipe.exclude), ("align", recipe.align), ("repair", recipe.repair)):
         if value:
             raise MergeError(f"mergekit cannot {what} tensors; take it out of the recipe")
     from weightspace.merge.method import hyper_parameters

@@ -6,6 +6,9 @@ base = "base.safetensors"           # paths are relative to the recipe
 out = "merged.safetensors"          # or a new folder
 dtype = "bfloat16"                  # optional, as are exclude, max_shard_size, seed
 exclude = ["lm_head.*"]
+align = "weight-matching"           # optional: models are first moved onto the base, or the first of them
+repair = "weights"                  # optional: "weights", or "data" and "statistics", which need data
+data = "inputs.safetensors"         # optional: for methods that run the network, see weightspace.merge.inputs
 
 [hyper]                             # hyper-parameters of the method
 density = 0.2
@@ -19,6 +22,7 @@ weight = 1.0
 path = "code.safetensors"
 weight = [{ filter = "mlp", value = 0.5 }, { value = 1.0 }]   # the first filter that is part of the name counts
 density = 0.3                       # a hyper-parameter of this model alone
+data = "code-inputs.safetensors"    # its own data
 ```
 """
 
@@ -38,15 +42,19 @@ from weightspace.merge.methods import make, method_class
 from weightspace.merge.report import Merged
 from weightspace.merge.settings import Depth, Setting, check, depth_of, is_constant, value_of
 
-_KEYS = {"method", "base", "out", "dtype", "exclude", "max_shard_size", "seed", "hyper", "models"}
+_KEYS = {
+    "method", "base", "out", "dtype", "exclude", "max_shard_size", "seed", "hyper", "models", "align", "repair", "data",
+    "unverified",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model of a recipe: its path, and settings of its own (``weight``, per-model hyper-parameters)."""
+    """A model of a recipe: its path, settings of its own (``weight``, per-model hyper-parameters), and data."""
 
     path: str
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,10 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     max_shard_size: str | int | None = None
     seed: int = 0
+    align: str | None = None
+    repair: str | None = None
+    data: str | None = None
+    unverified: bool = False
     folder: Path | None = None
     mergekit: str | None = None
     """Random masks are those of mergekit with ``--random-seed`` ``seed``, computing in this type ("": the files')."""
@@ -91,11 +103,13 @@ class Recipe:
         target = out if out is not None else self._path(self.out) if self.out else None
         paths = [self._path(model.path) for model in self.models]
         first = open_checkpoint(self._path(self.base) if self.base else paths[0])
-        kind = self.mergekit or str(next(iter(first.dtypes.values()))).removeprefix("torch.")
+        kinds = (str(d).removeprefix("torch.") for d in first.dtypes.values() if d.is_floating_point)
+        kind = self.mergekit or next(kinds, "float32")
         cls = method_class(self.method)
         settings = self.settings(depth_of(list(first), first.config), kind)
         method, weights = settings("")
         given: dict[str, Any] = {"compute": _arithmetic(cls, kind) if self.mergekit is not None else None}
+        given |= {"align": self.align, "repair": self.repair, "unverified": self.unverified, "data": self._data()}
         given |= {"dtype": self.dtype, "exclude": self.exclude, "max_shard_size": self.max_shard_size}
         return merge(
             paths, method, base=self._path(self.base) if self.base else None, out=target, weights=weights,
@@ -134,6 +148,18 @@ class Recipe:
             return method, tuple(rounded(w, narrow) for w in weights)
 
         return of
+
+    def _data(self) -> Any:
+        from weightspace.merge.inputs import load
+
+        own = [model.data for model in self.models]
+        if not any(own):
+            return load(self._path(self.data)) if self.data else None
+        files = [one or self.data for one in own]
+        if None in files:
+            lacking = next(m.path for m, f in zip(self.models, files, strict=True) if f is None)
+            raise MergeError(f"{lacking} has no data, others do; give each its own, or data for all at the top")
+        return [load(self._path(str(file))) for file in files]
 
     @property
     def _constant(self) -> bool:
@@ -215,17 +241,22 @@ def from_table(table: Mapping[str, Any]) -> Recipe:
         given = {"path": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
         if not isinstance(given.get("path"), str):
             raise MergeError(f"a model of the recipe has no path: {entry!r}")
-        models.append(Source(given.pop("path"), given))
+        data = given.pop("data", None)
+        if not isinstance(data, str | None):
+            raise MergeError(f"{given['path']}: data is {data!r}; the path of a file with inputs was expected")
+        models.append(Source(given.pop("path"), given, data))
     hyper = table.get("hyper", {})
     if not isinstance(hyper, Mapping):
         raise MergeError(f"hyper is a table of hyper-parameters, found {hyper!r}")
     exclude = table.get("exclude", [])
     if not isinstance(exclude, list) or not all(isinstance(e, str) for e in exclude):
         raise MergeError(f"exclude is a list of tensor names, found {exclude!r}")
-    for key, kind in (("base", str), ("out", str), ("dtype", str), ("seed", int)):
+    words = ("base", "out", "dtype", "align", "repair", "data")
+    for key, kind in (*((word, str) for word in words), ("seed", int), ("unverified", bool)):
         if key in table and not isinstance(table[key], kind):
             raise MergeError(f"{key} is {table[key]!r}; {kind.__name__} was expected")
     return Recipe(
         table["method"].lower().replace("_", "-"), tuple(models), table.get("base"), table.get("out"), dict(hyper),
-        table.get("dtype"), tuple(exclude), table.get("max_shard_size"), table.get("seed", 0),
+        table.get("dtype"), tuple(exclude), table.get("max_shard_size"), table.get("seed", 0), table.get("align"),
+        table.get("repair"), table.get("data"), table.get("unverified", False),
     )  # fmt: skip

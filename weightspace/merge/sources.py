@@ -19,6 +19,7 @@ from weightspace.merge.report import Outcome, Row
 Shape = tuple[int, ...]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHOWN = 8
+_HEADS = 3  # tensors of other shapes that a head or a vocabulary may have; more are another width
 _VOCABULARY = 1000  # an axis this long that differs alone is more likely a vocabulary than a width
 
 
@@ -152,6 +153,8 @@ def plan(
             f"exclude={unused[0]!r} is the name of no tensor; they are called {', '.join(names[:4])}, …; "
             "* stands for anything"
         )
+    everywhere = [name for name in names if all(name in m.shapes for m in (first, *involved))]
+    wide = sum(len({m.shapes[name] for m in (first, *involved)}) > 1 for name in everywhere) > _HEADS
     for name in names:
         has = [m for m in involved if name in m.shapes]
         if name not in first.shapes or len(has) < len(involved):
@@ -182,7 +185,7 @@ def plan(
                 f"convert the models to bfloat16 first, or copy it with exclude=[{name!r}]"
             )
         elif not any_shape and len({m.shapes[name] for m in [first, *involved]}) > 1:
-            refused.append(_shapes(name, [first, *involved]))
+            refused.append(_shapes(name, [first, *involved], wide))
         else:
             varied = list(dict.fromkeys(_short(k) for k in kinds))
             reason = "" if len(varied) == 1 else f"types differ: {', '.join(varied)}"
@@ -269,7 +272,8 @@ def _missing(name: str, lacking: Sequence[str], first: Model, has: Sequence[Mode
     return f"{text}. A head or an adapter that only some models have? {take} with exclude=[{name!r}]"
 
 
-def _shapes(name: str, models: Sequence[Model]) -> str:
+def _shapes(name: str, models: Sequence[Model], wide: bool = False) -> str:
+    """What to do about other shapes; ``wide``: so many tensors differ that it is no head or vocabulary alone."""
     by: dict[Shape, list[str]] = {}
     for model in models:
         by.setdefault(model.shapes[name], []).append(model.label)
@@ -283,11 +287,11 @@ def _shapes(name: str, models: Sequence[Model]) -> str:
             "The vocabularies differ in size: bring the models to one tokeniser "
             f"(model.resize_token_embeddings), or keep the first model's with exclude=[{name!r}]"
         )
-    elif same_tail and max(len(shape) for shape in shapes) <= 2:
+    elif same_tail and not wide and max(len(shape) for shape in shapes) <= 2:
         remedy = f"Heads for other tasks? Keep the first model's with exclude=[{name!r}]"
     else:
         remedy = (
-            "The architectures differ (width, heads, kernel): only methods that take other widths merge these, "
-            f"such as ot-fusion; or keep the first model's with exclude=[{name!r}]"
+            "The architectures differ (width, heads, kernel): carry the neurons of the one onto the other's by "
+            f"method='ot-fusion' or align='optimal-transport', or keep the first model's with exclude=[{name!r}]"
         )
     return f"{name}: shapes differ, {listed}. {remedy}"

@@ -14,6 +14,8 @@ from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
 from weightspace.merge.methods.ties import elect
 from weightspace.zoo.progress import bar
 
+_EXAMPLES = 256  # of a task, for the size of its own model's outputs
+
 
 @dataclass(frozen=True)
 class AdaMerging(WithData):
@@ -24,6 +26,11 @@ class AdaMerging(WithData):
     (`MergeData`). Where they say which ``outputs`` are the task's, an output layer of several tasks' outputs is not
     learned, since larger weights there make any network surer: each task's rows are taken from its own model, as the
     original keeps the heads of the tasks.
+
+    The paper's classifiers compare features of a fixed length, so that no weights make them sure of everything. Where
+    outputs can grow, that is the way the entropy falls; ``spread="own"`` brings the outputs of each batch to the root
+    mean square (about each example's mean) that they have in the task's own model, ``"free"`` leaves them as they are,
+    which is the formula above to the letter.
 
     ``start``: λ at the beginning, 0.3 in the paper; ``steps``, ``rate``, ``batch``: 500, 1e-3 and 16 in the paper.
     ``density``: below 1, task vectors are trimmed to their largest elements and only those of the elected sign are
@@ -38,6 +45,7 @@ class AdaMerging(WithData):
     rate: float = 1e-3
     batch: int = 16
     density: float = 1.0
+    spread: Literal["own", "free"] = "own"
 
     name: ClassVar[str] = "adamerging"
     paper: ClassVar[str] = "Yang et al. (2024), AdaMerging: adaptive model merging for multi-task learning"
@@ -47,6 +55,7 @@ class AdaMerging(WithData):
         if self.by not in ("layer", "task"):
             raise MergeError(f"by is {self.by!r}; 'layer' or 'task' was expected")
         in_range(self.density, 0, 1, "density", open_low=True)
+        check_spread(self.spread)
         in_range(self.rate, 0, float("inf"), "rate")
 
     def prepare(self, models: Models) -> Merger:
@@ -92,8 +101,13 @@ class TaskVectors:
         self.tau = {n: torch.stack([t[n] for t in tensors]) - self.base[n] for n in self.learned}
         for n in set(self.network.names) - set(self.learned):
             self.base[n] = owned([t[n] for t in tensors], models.weights, [o.get(n) for o in others])
+        self.spreads = tuple(self._spread(t, d) for t, d in zip(tensors, data, strict=True))
         if density < 1:
             self.tau = {n: _elected(t, density) for n, t in self.tau.items()}
+
+    def _spread(self, tensors: Mapping[str, Tensor], data: MergeData) -> float:
+        with torch.no_grad():
+            return float(spread(self.network.own(tensors, data.take(slice(0, _EXAMPLES)))))
 
     def mixed(self, name: str, scales: Tensor, tau: Tensor | None = None) -> Tensor:
         """θ₀ + Σ λᵢ τᵢ of one tensor, for λ (models,)."""
@@ -117,6 +131,17 @@ def _elected(tau: Tensor, density: float) -> Tensor:
     return (flat * (flat * chosen > 0)).view_as(tau)
 
 
+def spread(outputs: Tensor) -> Tensor:
+    """Root mean square of (n, …, outputs) about the mean of each example's outputs."""
+    return (outputs - outputs.mean(-1, keepdim=True)).square().mean().sqrt()
+
+
+def check_spread(value: str) -> None:
+    """Raise `MergeError` for what is no way to treat the size of outputs."""
+    if value not in ("own", "free"):
+        raise MergeError(f"spread is {value!r}; 'own' or 'free' was expected")
+
+
 def entropy(outputs: Tensor) -> Tensor:
     """Mean entropy in nats of softmax over the last dim of (n, …, outputs)."""
     logs = outputs.log_softmax(-1)
@@ -134,6 +159,8 @@ class Descent(Protocol):
     def rate(self) -> float: ...
     @property
     def batch(self) -> int: ...
+    @property
+    def spread(self) -> Literal["own", "free"]: ...
 
 
 def descend(
@@ -153,10 +180,12 @@ def descend(
         for number in range(how.steps):
             with torch.enable_grad():
                 tensors = {**vectors.base, **build(values)}
-                losses = [
-                    weight * entropy(vectors.network.own(tensors, d.draw(how.batch, generator)))
-                    for d, weight in zip(data, models.weights, strict=True)
-                ]
+                losses = []
+                for d, size, weight in zip(data, vectors.spreads, models.weights, strict=True):
+                    outputs = vectors.network.own(tensors, d.draw(how.batch, generator))
+                    if how.spread == "own":
+                        outputs = outputs * (size / spread(outputs).clamp(min=1e-12))
+                    losses.append(weight * entropy(outputs))
                 loss = torch.stack(losses).sum()
                 optimiser.zero_grad()
                 loss.backward()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from weightspace.merge.data import entries
 from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
-from weightspace.merge.methods.adamerging import TaskVectors, descend
+from weightspace.merge.methods.adamerging import TaskVectors, check_spread, descend
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Concrete(WithData):
 
     ``scale``: λ (0.3); ``adapt`` learns a λ per model and tensor at the same time with ``adapt_rate``, from ``scale``
     (Concrete AdaMerging, where the original alternates the two). ``steps``: 2000 in the original; ``rate`` of the
-    logits, ``batch``, ``temperature``: 1e-3, 16 and 0.5 there.
+    logits, ``batch``, ``temperature``: 1e-3, 16 and 0.5 there. ``spread``: as for `AdaMerging`.
 
     Memory: the base, all task vectors, and five times one model (logits, their gradient and Adam's state) in float32.
     """
@@ -36,6 +36,7 @@ class Concrete(WithData):
     temperature: float = 0.5
     adapt: bool = False
     adapt_rate: float = 1e-3
+    spread: Literal["own", "free"] = "own"
 
     name: ClassVar[str] = "concrete"
     paper: ClassVar[str] = "Tang et al. (2023), Concrete subspace learning based interference elimination"
@@ -44,6 +45,7 @@ class Concrete(WithData):
     def check(self, count: int) -> None:
         in_range(self.temperature, 0, float("inf"), "temperature", open_low=True)
         in_range(self.rate, 0, float("inf"), "rate")
+        check_spread(self.spread)
 
     def prepare(self, models: Models) -> Merger:
         data = entries(models)
