@@ -3,7 +3,9 @@
 Both predict, for every model in a merge and every method, the retained accuracy on the link scale of
 ``weightspace.mergeability.outcome``; their mean is the prior mean of its effects model, whose variances are those of
 what they missed on tasks that were held out. Intervals are conformal: the miss that is usual where the prediction lies,
-times a factor that made them hold on held-out tasks (Papadopoulos et al. 2002).
+times a factor that made them hold on held-out tasks (Papadopoulos et al. 2002; across groups, Vovk 2015).
+
+Models with a common base and models without one have a prior each, in files of their own.
 """
 
 from __future__ import annotations
@@ -30,13 +32,11 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 FILES = Path(__file__).resolve().parent / "files"
-MODEL, CARD = "merge.safetensors", "MODEL_CARD.md"
+MODEL, STRANGERS, CARD = "merge.safetensors", "strangers.safetensors", "MODEL_CARD.md"
 _FORMAT, _VERSION = "weightspace-merge", 1
 COVERAGE = 0.9
 LEAST = 0.02
 _NEAREST = 5
-_SHARE = 1 / 3
-"""Weight of the metanet beside the forest."""
 EFFECTS = ("vulnerability", "damage", "pair", "cell")
 
 
@@ -50,14 +50,24 @@ class Spread:
     scores: Array
 
     @classmethod
-    def fit(cls, predicted: Array, truth: Array, bins: int = 8) -> Spread:
-        """From predictions of held-out merges."""
-        order = np.argsort(predicted)
-        parts = np.array_split(order, min(bins, max(1, len(order) // 8)))
+    def fit(
+        cls, predicted: Array, truth: Array, groups: Sequence[frozenset[int]] | None = None, bins: int = 8
+    ) -> Spread:
+        """From predictions of held-out merges.
+
+        ``groups``: what tasks each merge is about. The usual miss that a score is in units of then comes from merges
+        that have none of them, as it will for new tasks.
+        """
         wrong = np.abs(truth - predicted)
-        at = np.array([predicted[p].mean() for p in parts])
-        miss = np.array([wrong[p].mean() for p in parts]) + 0.003
-        return cls(at, miss, np.sort(wrong / np.interp(predicted, at, miss)))
+        at, miss = _usual(predicted, wrong, bins)
+        unit = np.interp(predicted, at, miss)
+        if groups is not None:
+            for held in set(groups):
+                here = np.array([g == held for g in groups])
+                apart = np.array([not g & held for g in groups])
+                if apart.sum() >= 8 * bins:
+                    unit[here] = np.interp(predicted[here], *_usual(predicted[apart], wrong[apart], bins))
+        return cls(at, miss, np.sort(wrong / unit))
 
     def reach(self, predicted: Array, coverage: float = COVERAGE) -> Array:
         """Half the width of intervals at these predictions."""
@@ -66,10 +76,17 @@ class Spread:
         return found
 
 
+def _usual(predicted: Array, wrong: Array, bins: int) -> tuple[Array, Array]:
+    """Mean predictions and mean misses of merges in order of their predictions, in so many parts."""
+    parts = np.array_split(np.argsort(predicted), min(bins, max(1, len(predicted) // 8)))
+    return np.array([predicted[p].mean() for p in parts]), np.array([wrong[p].mean() for p in parts]) + 0.003
+
+
 @dataclass(frozen=True, eq=False)
 class Prior:
     """The learned prior. ``methods`` are the outputs of forest and metanet; ``variances[method]`` of the effects.
 
+    ``share``: weight of the metanet beside the forest. ``base``: whether it is about models with a common base.
     ``centre``, ``unit`` ``(features,)`` and ``places (n, features)`` tell how far a merge lies from those learned from;
     ``distances`` are those of held-out ones, sorted.
     """
@@ -84,6 +101,8 @@ class Prior:
     places: Array
     distances: Array
     roles: tuple[str, ...] = ()
+    share: float = 0.0
+    base: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self, comparison: Comparison, merges: Sequence[Sequence[int]], reader: Reader | None = None) -> Array:
@@ -93,7 +112,7 @@ class Prior:
             return found
         from weightspace.mergeability.metanet import answers
 
-        return (1 - _SHARE) * found + _SHARE * answers(self.metanet, reader, merges)
+        return (1 - self.share) * found + self.share * answers(self.metanet, reader, merges)
 
     def terms(self, comparison: Comparison, merge: Sequence[int], method: str) -> dict[str, float]:
         """By how much each kind of feature moves the forest's prediction of a merge: link scale, mean over its models.
@@ -118,8 +137,10 @@ class Prior:
 
     def applicability(self, comparison: Comparison, merge: Sequence[int], proved: bool = True) -> Applicability:
         """Whether predictions hold for a merge: how far its features lie from those that were learned from."""
-        if not comparison.base:
+        if self.base and not comparison.base:
             return Applicability(False, 0.0, "no base was given, and what was learned is about changes to a base")
+        if comparison.base and not self.base:
+            return Applicability(False, 0.0, "the models have a base, and what was learned is about models without one")
         if not proved:
             return Applicability(False, 0.0, "the models' wiring is not proved")
         far = self.far(comparison.vectors([merge])).max()
@@ -142,7 +163,7 @@ class Prior:
 
     # ---------------------------------------------------------------- files
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, name: str = MODEL) -> Path:
         """Write everything but the card, at most about a megabyte."""
         from safetensors.numpy import save
 
@@ -164,18 +185,19 @@ class Prior:
             "format": _FORMAT, "version": _VERSION, "methods": list(self.methods), "roles": list(self.roles),
             "variances": {m: dict(v) for m, v in self.variances.items()}, "names": list(NAMES),
             "metanet": None if self.metanet is None else self.metanet.config, "facts": dict(self.facts),
+            "share": self.share, "base": self.base,
         }  # fmt: skip
         data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"weightspace": json.dumps(facts)})
-        return write_whole(folder / MODEL, data)
+        return write_whole(folder / name, data)
 
     @classmethod
-    def load(cls, folder: Path = FILES) -> Prior:
+    def load(cls, folder: Path = FILES, name: str = MODEL) -> Prior:
         """What ``save`` wrote. Raises ``MetanetError`` for files that are missing, damaged or of another make."""
         import torch
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        path = folder / MODEL
+        path = folder / name
         try:
             data = path.read_bytes()
             t = load(data)
@@ -202,7 +224,7 @@ class Prior:
                 {m: Spread(*(doubles[f"spread.{m}.{part}"] for part in ("at", "miss", "scores")))
                  for m in facts["methods"]},
                 doubles["range.centre"], doubles["range.unit"], doubles["range.places"], doubles["range.distances"],
-                tuple(facts["roles"]), facts["facts"],
+                tuple(facts["roles"]), float(facts.get("share", 0.0)), bool(facts.get("base", True)), facts["facts"],
             )  # fmt: skip
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -214,5 +236,11 @@ class Prior:
 
 @lru_cache(maxsize=1)
 def shipped() -> Prior:
-    """The prior that comes with this installation, loaded once."""
+    """The prior of models with a common base that comes with this installation, loaded once."""
     return Prior.load(FILES)
+
+
+@lru_cache(maxsize=1)
+def shipped_strangers() -> Prior:
+    """That of pairs without a common base: features are of the second one carried onto the first (see `training`)."""
+    return Prior.load(FILES, STRANGERS)

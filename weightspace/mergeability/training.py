@@ -1,39 +1,51 @@
 """Making the merge-ability model that comes with weightspace: ``weightspace train merge``.
 
-From a population of the recipe ``merging`` and its measured merges (measured where they are not there yet): features
-of all models, a forest and a metanet trained on all merges, and the same trained four times without a quarter of the
-tasks, whose predictions of merges of models of those tasks alone calibrate intervals and variances, and are what the
-model card tells.
+From a population of the recipe ``merging`` and its measured merges (both made where they are not there yet): features
+of all models, a forest trained on all merges, and forests trained without the tasks of a merge, for every merge, whose
+predictions calibrate intervals and variances and are what the model card tells. Models without a common base have a
+forest of their own. A metanet is trained four times without a quarter of the tasks, and once more on everything where
+that showed that it helps.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from weightspace.errors import WeightspaceError
-from weightspace.mergeability.features import Comparison, compare
+from weightspace.mergeability.features import NAMES, Comparison, compare
 from weightspace.mergeability.forest import Forest
-from weightspace.mergeability.measure import BARRIER, METHODS, families, measure_population, read_rows
+from weightspace.mergeability.measure import BARRIER, METHODS, STRANGERS, families, measure_population, read_rows
 from weightspace.mergeability.metanet import CONFIG, Reader, answers, train
 from weightspace.mergeability.outcome import Cells, Observed, Outcome, effect_terms, link, unlink
-from weightspace.mergeability.prior import _SHARE, CARD, EFFECTS, MODEL, Prior, Spread
+from weightspace.mergeability.prior import CARD, COVERAGE, EFFECTS, FILES, MODEL, Prior, Spread
+from weightspace.mergeability.prior import STRANGERS as STRANGE
 from weightspace.metanets.operator import OperatorMetanet
 
 Array = NDArray[np.float64]
 _log = logging.getLogger(__name__)
 
-FOLDS: tuple[tuple[int, ...], ...] = ((0, 7, 10, 12), (1, 4, 5, 14), (2, 3, 8, 11), (6, 9, 13, 15))
-"""Tasks that are held out together: several data sets in each, and the two tasks of one network together."""
-PLAN: Mapping[str, Any] = {"trees": 40, "leaf": 9, "epochs": 6, "cells": 1000, "seconds": 180.0, "places": 400}
-"""Sizes of the forest and its leaves; epochs, cells and seconds of the metanet; cells that distances are taken to."""
+RECIPE = "merging"
+GROUPS: tuple[tuple[int, ...], ...] = ((0, 7), (1, 2), (3, 8), (4, 5), (6, 9), (10, 12), (11, 14), (13, 15))
+"""Tasks that are held out together: different data sets, and as far as possible the two tasks of one network."""
+FOLDS: tuple[tuple[int, ...], ...] = ((0, 7, 10, 12), (1, 2, 4, 5), (3, 8, 11, 14), (6, 9, 13, 15))
+"""Groups two by two, where training takes too long to hold out those of every merge by themselves."""
+PLAN: Mapping[str, Any] = {
+    "trees": 40, "leaf": 7, "metanet": True, "epochs": 12, "cells": 2400, "seconds": 240.0, "places": 400,
+}  # fmt: skip
+"""Sizes of the forest and its leaves; whether to try a metanet, its epochs, cells and seconds; cells that distances
+are taken to."""
+_LEAST = 100
+"""Fewest merges to learn from, where those of some groups are held out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +66,12 @@ class Measured:
     y: Array = field(repr=False)
     sets: NDArray[np.int64] = field(repr=False)
     outcome: Array = field(repr=False)
+
+    @cached_property
+    def groups(self) -> tuple[frozenset[int], ...]:
+        """The groups of tasks that each merge is about."""
+        of = {slot: g for g, group in enumerate(GROUPS) for slot in group}
+        return tuple(frozenset(of[t] for t in s) for s in self.slots)
 
     def cells(self, merges: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers of the cells of merges."""
@@ -110,8 +128,55 @@ def gather(folder: Path, rows: Sequence[Mapping[str, Any]], methods: Sequence[st
     )  # fmt: skip
 
 
+def gather_strangers(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """Measured pairs without a common base, with the features of the first and of the second carried onto it.
+
+    Methods that were not measured of a pair (of different widths) are NaN.
+    """
+    from weightspace.align.optimal_transport import optimal_transport
+    from weightspace.wiring import wiring
+
+    by: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    tensors: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
+    wirings = {}
+    for family in families(folder):
+        wirings[family.name] = wiring(folder / family.name)
+        tensors |= {name: (family.name, model) for name, model in family.models.items()}
+    for row in rows:
+        if " | " in str(row["family"]):
+            by.setdefault((row["models"][0], row["models"][1]), {})[row["method"]] = row
+    merges, slots, xs, ys, outcomes = [], [], [], [], []
+    for (one, other), found in by.items():
+        (family_a, a), (family_b, b) = tensors[one], tensors[other]
+        moved = optimal_transport(a, b, wirings[family_b], wiring_a=wirings[family_a])
+        carried = wirings[family_b].apply(moved.permutations, b) if moved.aligned is None else moved.aligned
+        merges.append((f"{family_a} | {family_b}", (0, 1)))
+        slots.append(frozenset(_slot(t) for own in next(iter(found.values()))["tasks"] for t in own))
+        xs.append(compare({one: a, other: dict(carried)}, None, wirings[family_a]).vectors([(0, 1)]))
+        ys.append([[found[m]["retained"][i] if m in found else np.nan for m in STRANGERS] for i in (0, 1)])
+        outcomes.append([found[m]["outcome"] if m in found else np.nan for m in STRANGERS])
+    if not merges:
+        raise WeightspaceError("there are no measured merges of models without a common base; run the harness longer")
+    return Measured(
+        {}, {}, tuple(merges), tuple(slots), STRANGERS, np.concatenate(xs), np.concatenate([np.array(y) for y in ys]),
+        np.repeat(np.arange(len(merges)), 2), np.array(outcomes, dtype=np.float64),
+    )  # fmt: skip
+
+
 def _slot(task: str) -> int:
     return int(task.split(":")[0].split("~")[0])
+
+
+def rounds(measured: Measured) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """For each set of groups of tasks that merges are about: all merges that have none of them, and those merges.
+
+    Every merge is held out once, with all of its tasks and those that are grouped with them; not those that leave too
+    few to learn from.
+    """
+    for held in sorted(set(measured.groups), key=sorted):
+        train_on = np.array([i for i, g in enumerate(measured.groups) if not g & held], dtype=np.int64)
+        if len(train_on) >= _LEAST:
+            yield train_on, np.array([i for i, g in enumerate(measured.groups) if g == held], dtype=np.int64)
 
 
 def splits(measured: Measured) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -125,14 +190,30 @@ def splits(measured: Measured) -> Iterator[tuple[NDArray[np.int64], NDArray[np.i
 
 
 def fit_forest(measured: Measured, merges: NDArray[np.int64], plan: Mapping[str, Any] = PLAN, seed: int = 0) -> Forest:
-    """The forest of some merges; the barrier of triples, which means nothing, is filled in by that of pairs."""
+    """The forest of some merges; what was not measured of all (barriers of triples) is filled in by a smaller one."""
     at = measured.cells(merges)
-    y = link(measured.y[at])
-    known = np.isfinite(measured.y[at, -1])
-    x = measured.x[at]
-    if not known.all() and known.any():
-        y[~known, -1] = Forest.fit(x[known], y[known, -1:], trees=20, leaf=plan["leaf"], seed=seed)(x[~known])[:, 0]
+    y, x = link(measured.y[at]), measured.x[at]
+    for m in range(y.shape[1]):
+        known = np.isfinite(measured.y[at, m])
+        if not known.all() and known.any():
+            y[~known, m] = Forest.fit(x[known], y[known, m : m + 1], trees=20, leaf=plan["leaf"], seed=seed)(x[~known])[
+                :, 0
+            ]
     return Forest.fit(x, y, trees=plan["trees"], leaf=plan["leaf"], seed=seed)
+
+
+def held_out(measured: Measured, plan: Mapping[str, Any] = PLAN) -> Array:
+    """Predictions of every merge by forests that were trained without its tasks: ``(cells, methods)``, NaN where none.
+
+    On the link scale.
+    """
+    found = np.full(measured.y.shape, np.nan)
+    for k, (train_on, test_on) in enumerate(rounds(measured)):
+        at = measured.cells(test_on)
+        found[at] = fit_forest(measured, train_on, plan, k)(measured.x[at])
+    count = len(np.unique(measured.sets[np.isfinite(found[:, 0])]))
+    _log.info("%d of %d merges held out with all of their tasks", count, len(measured.merges))
+    return found
 
 
 def fit_metanet(
@@ -156,10 +237,12 @@ def ask_metanet(measured: Measured, metanet: OperatorMetanet, merges: NDArray[np
     return np.concatenate([answers(metanet, measured.readers[family], [members]) for family, members in asked])
 
 
-def out_of_fold(measured: Measured, plan: Mapping[str, Any] = PLAN, metanet: bool = True) -> dict[str, Array]:
-    """Predictions of merges of held-out tasks by what was trained without them: ``(cells, methods)``, NaN elsewhere.
+def out_of_fold(measured: Measured, plan: Mapping[str, Any] = PLAN) -> dict[str, Array]:
+    """Forest and metanet, trained without a quarter of the tasks, on merges of those tasks: ``(cells, methods)``.
 
-    ``"forest"``, ``"metanet"`` and ``"both"``, their weighted mean; ``"fold"`` ``(merges,)`` says which, -1 none.
+    ``"forest"``, ``"metanet"`` and ``"both"``, their mean with the weight that was best in the other quarters, NaN
+    where a merge is about several; ``"fold"`` ``(merges,)`` says which, -1 none; ``"share"`` ``()`` the metanet's
+    weight that is best in all.
     """
     forest, net = np.full(measured.y.shape, np.nan), np.full(measured.y.shape, np.nan)
     which = np.full(len(measured.merges), -1.0)
@@ -167,11 +250,20 @@ def out_of_fold(measured: Measured, plan: Mapping[str, Any] = PLAN, metanet: boo
         at = measured.cells(test_on)
         which[test_on] = fold
         forest[at] = fit_forest(measured, train_on, plan, fold)(measured.x[at])
-        if metanet:
-            net[at] = ask_metanet(measured, fit_metanet(measured, train_on, plan, fold), test_on)
+        net[at] = ask_metanet(measured, fit_metanet(measured, train_on, plan, fold), test_on)
         _log.info("fold %d: %d merges learned from, %d held out", fold, len(train_on), len(test_on))
-    both = (1 - _SHARE) * forest + _SHARE * net if metanet else forest
-    return {"forest": forest, "metanet": net, "both": both, "fold": which}
+    truth, of = link(measured.y), which[measured.sets]
+
+    def best(cells: NDArray[np.bool_]) -> float:
+        shares = np.linspace(0, 0.6, 13)
+        missed = [np.nanmean(np.abs(truth - (1 - w) * forest - w * net)[cells]) for w in shares]
+        return float(shares[int(np.argmin(missed))])
+
+    both = np.full(measured.y.shape, np.nan)
+    for fold in range(len(FOLDS)):
+        share = best((of >= 0) & (of != fold))
+        both[of == fold] = ((1 - share) * forest + share * net)[of == fold]
+    return {"forest": forest, "metanet": net, "both": both, "fold": which, "share": np.array(best(of >= 0))}
 
 
 def effects(measured: Measured, predicted: Array, method: int, most: int = 120) -> dict[str, float]:
@@ -195,147 +287,201 @@ def effects(measured: Measured, predicted: Array, method: int, most: int = 120) 
 
 
 def calibrated(
-    measured: Measured, forest: Forest, metanet: OperatorMetanet | None, held: Mapping[str, Array],
-    plan: Mapping[str, Any] = PLAN,
+    measured: Measured, forest: Forest, held: Array, plan: Mapping[str, Any] = PLAN, *,
+    metanet: OperatorMetanet | None = None, share: float = 0.0, base: bool = True,
 ) -> Prior:  # fmt: skip
-    """The model from what was trained on everything and predictions of what was held out."""
-    means, test = measured.means(held["both"]), held["fold"] >= 0
+    """The model from what was trained on everything, and predictions ``held (cells, methods)`` of what was held out."""
+    means = measured.means(held)
     spreads, variances = {}, {}
     for m, method in enumerate(measured.methods):
-        ok = test & np.isfinite(means[:, m]) & np.isfinite(measured.outcome[:, m])
-        spreads[method] = Spread.fit(means[ok, m], measured.outcome[ok, m])
-        variances[method] = effects(measured, held["both"], m)
+        ok = np.flatnonzero(np.isfinite(means[:, m]) & np.isfinite(measured.outcome[:, m]))
+        spreads[method] = Spread.fit(means[ok, m], measured.outcome[ok, m], [measured.groups[i] for i in ok])
+        variances[method] = effects(measured, held, m)
     centre = np.median(measured.x, axis=0)
     unit = np.maximum(measured.x.std(0), 1e-3)
-    some = np.random.default_rng(0).permutation(len(measured.x))[: plan["places"]]
-    places = np.clip((measured.x[some] - centre) / unit, -20, 20).astype(np.float16).astype(np.float64)
+
+    def places(cells: NDArray[np.int64], seed: int) -> Array:
+        some = np.random.default_rng(seed).permutation(cells)[: plan["places"]]
+        z = np.clip((measured.x[some] - centre) / unit, -20, 20)
+        found: Array = z.astype(np.float16).astype(np.float64)
+        return found
+
     prior = Prior(
-        measured.methods, forest, metanet, variances, spreads, centre, unit, places, np.zeros(1),
+        measured.methods, forest, metanet, variances, spreads, centre, unit, places(np.arange(len(measured.x)), 0),
+        np.zeros(1), share=share, base=base,
         facts={"merges": len(measured.merges), "families": len(measured.families), "date": date.today().isoformat()},
     )  # fmt: skip
     # Of merges of held-out tasks, how far they lie from those of the other tasks.
     far = []
     for train_on, test_on in splits(measured):
-        at = measured.cells(train_on)
-        draw = np.random.default_rng(1).permutation(len(at))[: plan["places"]]
-        part = Prior(
-            measured.methods, forest, None, {}, {}, centre, unit,
-            np.clip((measured.x[at[draw]] - centre) / unit, -20, 20), np.zeros(1),
-        )  # fmt: skip
+        part = replace(prior, places=places(measured.cells(train_on), 1))
         test_cells = measured.cells(test_on)
         d = part.far(measured.x[test_cells])
         far += [d[measured.sets[test_cells] == m].max() for m in test_on]
-    return Prior(**{**prior.__dict__, "distances": np.sort(np.array(far))})
+    return replace(prior, distances=np.sort(np.array(far)))
 
 
 def make(
-    zoo: Path, rows: Path, out: Path, *, plan: Mapping[str, Any] | None = None, pairs: int = 5600, triples: int = 960,
-    held: Path | None = None, measure_more: bool = True,
-) -> Prior:  # fmt: skip
-    """Everything: measure what is missing, train, calibrate, write the files and the card.
+    zoo: Path, rows: Path, out: Path = FILES, *, plan: Mapping[str, Any] | None = None, pairs: int = 5600,
+    triples: int = 960, strangers: int = 640, held: Path | None = None, measure_more: bool = True,
+) -> tuple[Prior, list[dict[str, Any]]]:  # fmt: skip
+    """Everything: build the population and measure merges where they are missing, train, calibrate, write the files.
 
-    ``held``: a file (.npz) where predictions of held-out merges are kept, for ``tests/benchmarks``.
+    ``held``: a file (.npz) where the metanet's predictions of held-out merges are kept; what is in it is not trained
+    again. Gives the model for merges with a common base and the figures of its card.
     """
     chosen = {**PLAN, **(plan or {})}
+    if not any(zoo.glob("*.safetensors")):
+        from weightspace.zoo.recipe import load
+        from weightspace.zoo.train import build_zoo
+
+        build_zoo(load(RECIPE), zoo, progress=False)
     if measure_more:
         rows.parent.mkdir(parents=True, exist_ok=True)
-        measure_population(zoo, rows, pairs=pairs, triples=triples)
-    measured = gather(zoo, read_rows(rows))
-    _log.info("%d merges, %d cells", len(measured.merges), len(measured.sets))
-    predicted = out_of_fold(measured, chosen)
-    if held is not None:
-        merges = np.array([f"{f}:{','.join(map(str, s))}" for f, s in measured.merges])
-        np.savez(held, allow_pickle=False, **{**predicted, "merges": merges})
+        measure_population(zoo, rows, pairs=pairs, triples=triples, strangers=strangers)
+    found = read_rows(rows)
+    measured, strange = gather(zoo, found), gather_strangers(zoo, found)
+    _log.info("%d merges, %d without a common base", len(measured.merges), len(strange.merges))
+    predicted, apart = held_out(measured, chosen), held_out(strange, chosen)
     everything = np.arange(len(measured.merges))
     forest = fit_forest(measured, everything, chosen)
-    metanet = fit_metanet(measured, everything, chosen)
-    prior = calibrated(measured, forest, metanet, predicted, chosen)
-    path = prior.save(out)
+    table = [*figures(measured, predicted), *figures(strange, apart, "forest, no common base")]
+    metanet, share = None, 0.0
+    if chosen["metanet"]:
+        folds = _kept(held, measured) or out_of_fold(measured, chosen)
+        if held is not None:
+            np.savez(held, allow_pickle=False, **folds, merges=_labels(measured))
+        rivals = {k: figures(measured, folds[k], f"{k}, a quarter held out") for k in ("forest", "metanet", "both")}
+        table += [row for k in rivals for row in rivals[k]]
+        share = float(folds["share"])
+        if share > 0 and _helps(rivals["forest"], rivals["both"]):
+            metanet, predicted = fit_metanet(measured, everything, chosen), folds["both"]
+    prior = calibrated(measured, forest, predicted, chosen, metanet=metanet, share=share if metanet else 0.0)
+    prior.save(out)
+    everything = np.arange(len(strange.merges))
+    calibrated(strange, fit_forest(strange, everything, chosen), apart, chosen, base=False).save(out, STRANGE)
     from weightspace.paths import write_whole
 
-    write_whole(out / CARD, card(measured, predicted, prior, path.stat().st_size, chosen).encode())
-    return Prior.load(out)
+    write_whole(out / CARD, card(measured, strange, table, out, chosen).encode())
+    return Prior.load(out), table
 
 
-def figures(measured: Measured, predicted: Mapping[str, Array]) -> list[dict[str, Any]]:
-    """What predictions of held-out merges are worth: rank correlation, mean error, coverage, by method and estimator.
+def _labels(measured: Measured) -> NDArray[np.str_]:
+    return np.array([f"{f}:{','.join(map(str, s))}" for f, s in measured.merges])
 
-    Intervals of one fold come from the misses in the other three.
+
+def _kept(path: Path | None, measured: Measured) -> dict[str, Array] | None:
+    """What an earlier run kept of the same merges."""
+    if path is None or not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        found = {k: file[k] for k in file.files}
+    same = np.array_equal(found.pop("merges", None), _labels(measured)) and found["forest"].shape == measured.y.shape
+    return found if same else None
+
+
+def _helps(without: Sequence[Mapping[str, Any]], with_: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the error of methods is smaller with the metanet, on the mean over them."""
+    return float(np.mean([r["error"] for r in with_])) < float(np.mean([r["error"] for r in without]))
+
+
+def coverage(measured: Measured, predicted: Array, method: int, level: float = COVERAGE) -> Array:
+    """Whether intervals hold the outcomes of held-out merges, by misses in merges of other tasks alone: ``(merges,)``.
+
+    NaN where a merge was not predicted, or too few others were.
     """
+    mean, truth = measured.means(predicted)[:, method], measured.outcome[:, method]
+    known = np.isfinite(mean) & np.isfinite(truth)
+    found = np.full(len(mean), np.nan)
+    for held in set(measured.groups):
+        here = known & np.array([g == held for g in measured.groups])
+        apart = np.flatnonzero(known & np.array([not g & held for g in measured.groups]))
+        if here.any() and len(apart) >= _LEAST:
+            spread = Spread.fit(mean[apart], truth[apart], [measured.groups[i] for i in apart])
+            found[here] = np.abs(truth - mean)[here] <= spread.reach(mean[here], level)
+    return found
+
+
+def figures(measured: Measured, predicted: Array, estimator: str = "forest") -> list[dict[str, Any]]:
+    """What predictions of held-out merges are worth: rank correlation, mean error, coverage, by method."""
     from scipy.stats import spearmanr
 
+    means = measured.means(predicted)
     rows = []
-    fold = predicted["fold"]
-    for estimator in ("both", "forest", "metanet"):
-        if not np.isfinite(predicted[estimator]).any():
-            continue
-        means = measured.means(predicted[estimator])
-        for m, method in enumerate(measured.methods):
-            ok = np.flatnonzero((fold >= 0) & np.isfinite(means[:, m]) & np.isfinite(measured.outcome[:, m]))
-            p, y = means[ok, m], measured.outcome[ok, m]
-            held = []
-            for k in range(len(FOLDS)):
-                here = fold[ok] == k
-                if here.any() and (~here).sum() > 20:
-                    reach = Spread.fit(p[~here], y[~here]).reach(p[here])
-                    held += list(np.abs(y[here] - p[here]) <= reach)
-            family = np.array([measured.merges[i][0] for i in ok])
-            within = [
-                spearmanr(p[family == f], y[family == f])[0] for f in np.unique(family) if (family == f).sum() > 9
-            ]
-            rows.append({
-                "estimator": {"both": "forest and metanet"}.get(estimator, estimator), "method": method,
-                "merges": len(ok), "spearman": float(spearmanr(p, y)[0]), "within": float(np.mean(within)),
-                "error": 100 * float(np.abs(p - y).mean()), "coverage": float(np.mean(held)),
-            })  # fmt: skip
+    for m, method in enumerate(measured.methods):
+        ok = np.flatnonzero(np.isfinite(means[:, m]) & np.isfinite(measured.outcome[:, m]))
+        p, y = means[ok, m], measured.outcome[ok, m]
+        family = np.array([measured.merges[i][0] for i in ok])
+        within = [spearmanr(p[family == f], y[family == f])[0] for f in np.unique(family) if (family == f).sum() > 9]
+        rows.append({
+            "estimator": estimator, "method": method, "merges": len(ok), "spearman": float(spearmanr(p, y)[0]),
+            "within": float(np.mean(within)), "error": 100 * float(np.abs(p - y).mean()),
+            "coverage": float(np.nanmean(coverage(measured, predicted, m))),
+        })  # fmt: skip
     return rows
 
 
 def card(
-    measured: Measured, predicted: Mapping[str, Array], prior: Prior, size: int, plan: Mapping[str, Any]
+    measured: Measured, strange: Measured, table: Sequence[Mapping[str, Any]], folder: Path, plan: Mapping[str, Any]
 ) -> str:
     """The model card as Markdown."""
+    prior = Prior.load(folder)
     lines = "\n".join(
         f"| {r['estimator']} | {r['method']} | {r['merges']} | {r['spearman']:.3f} | {r['within']:.3f} | "
         f"{r['error']:.1f} | {r['coverage']:.3f} |"
-        for r in figures(measured, predicted)
+        for r in table
     )
     triples = sum(len(s) == 3 for _, s in measured.merges)
     networks = sum(len(c.models) for c in measured.families.values())
-    metanet = 0 if prior.metanet is None else sum(p.numel() for p in prior.metanet.parameters())
     low = min(c.parameters for c in measured.families.values())
     high = max(c.parameters for c in measured.families.values())
     variances = "\n".join(
         f"| {method} | " + " | ".join(f"{prior.variances[method][e]:.3f}" for e in EFFECTS) + " |"
         for method in prior.methods
     )
+    size = sum((folder / name).stat().st_size for name in (MODEL, STRANGE))
+    tried = (
+        f"An operator metanet (width {CONFIG['width']}, {CONFIG['rounds']} rounds; {plan['epochs']} epochs over "
+        f"{plan['cells']} cells) over one wiring, with channels w_base, τ_A, τ_B and their products, was tried beside"
+        " it"
+    )
+    if prior.metanet is not None:
+        count = sum(p.numel() for p in prior.metanet.parameters())
+        tried += f" and is part of it: {count:,} parameters, weight {prior.share:.2f}."
+    else:
+        tried += "; it did not lower the error on held-out tasks and is not part of the model (figures below)."
     return f"""# Merge-ability model of weightspace
 
 {prior.facts.get("date", "")}. Apache-2.0, like weightspace. Made by `weightspace train merge`; {size / 1e6:.2f} MB.
 
 What a model retains of its accuracy when it is merged with others, predicted from the weights of the models and of the
-base they were fine-tuned from. A forest of {len(prior.forest.roots)} trees over {prior.places.shape[1]} features
-(`weightspace/mergeability/features.py`) and an operator metanet of {metanet:,} parameters (width {CONFIG["width"]},
-{CONFIG["rounds"]} rounds) over one wiring with channels w_base, τ_A, τ_B and their products give the prior mean, with
-weights {1 - _SHARE:.2f} and {_SHARE:.2f}; effects of models and merges around it (variances below, on the link scale)
-are updated as merges are measured.
+base they were fine-tuned from: a forest of {len(prior.forest.roots)} trees over {len(NAMES)} features
+(`weightspace/mergeability/features.py`) for every model of a merge gives the prior mean; effects of models and merges
+around it (variances below, on the link scale) are updated as merges are measured. {tried}
+
+`{STRANGE}` is the same for pairs without a common base, with the features of the first and of the second carried onto
+its neurons by optimal transport.
 
 ## Learned from
 
-{len(measured.merges):,} merges ({triples:,} of three models) of {networks}
-networks of the recipe `merging`: {len(measured.families)} families of a base and its fine-tuned children on disjoint,
-overlapping and contradicting tasks of small grey images; {low:,} to {high:,} parameters. Measured on at most 500 test
-images of every model's own tasks, by {", ".join(prior.methods[:-1])}; the barrier is that half way between two models.
+{len(measured.merges):,} merges ({triples:,} of three models) of {networks} networks of the recipe `{RECIPE}`:
+{len(measured.families)} families of a base and its fine-tuned children on disjoint, overlapping and contradicting tasks
+of small grey images; {low:,} to {high:,} parameters. Measured on at most 500 test images of every model's own tasks,
+by {", ".join(prior.methods[:-1])}; the barrier is that half way between two models. And {len(strange.merges)} pairs of
+different bases (other seeds; other widths, {int((~np.isfinite(strange.outcome[:, 0])).sum())} of them).
 
 ## On tasks that were held out
 
-A quarter of the tasks at a time: trained on merges that have none of them, tested on merges of models of those tasks
-alone. Spearman's ρ over all and within a family, mean error in points, coverage of 90 % intervals calibrated on the
-other folds. Cells for the metanet's training: at most {plan["cells"]}, {plan["epochs"]} epochs.
+Every merge is predicted by a forest that was trained without any of its tasks or of those grouped with them (8 groups);
+"a quarter held out" is trained without a quarter of the tasks, tested on merges of those tasks alone. Spearman's ρ over
+all and within a family, mean error in points of retained accuracy (and of the barrier), coverage of 90 % intervals that
+were calibrated on merges without the tasks.
 
 | estimator | method | merges | ρ | ρ in a family | error | coverage |
 | --- | --- | --- | --- | --- | --- | --- |
 {lines}
+
+Baselines beside it and the regret of choosing by it: `python tests/benchmarks/mergeability_population.py`.
 
 ## Variances of effects
 
@@ -356,5 +502,6 @@ other folds. Cells for the metanet's training: at most {plan["cells"]}, {plan["e
 
 
 __all__ = [
-    "CARD", "FOLDS", "MODEL", "PLAN", "Measured", "effects", "figures", "gather", "make", "out_of_fold", "splits",
+    "FOLDS", "GROUPS", "PLAN", "Measured", "calibrated", "coverage", "effects", "figures", "fit_forest", "gather",
+    "gather_strangers", "held_out", "make", "out_of_fold", "rounds", "splits",
 ]  # fmt: skip
