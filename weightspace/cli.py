@@ -241,6 +241,7 @@ def merge(
     repair: Annotated[str | None, typer.Option(help="Then repair by weights, or by data or statistics.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="File of inputs, for all models or one for each.")] = None,
     unverified: Annotated[bool, typer.Option("--unverified", help="Trust a wiring that is not proved.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge models into one, tensor by tensor from files to a file, and report what became of each tensor."""
@@ -254,6 +255,8 @@ def merge(
     if as_json:
         _print_json({"path": str(merged.path), **json.loads(merged.report.to_json())})
         return
+    for row in merged.report if verbose else ():
+        _console().print(row, highlight=False, markup=False)
     _console().print(f"{merged.path}: {merged.report}", highlight=False, markup=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +29,7 @@ from weightspace.merge.sources import Model, plan
 from weightspace.merge.writer import MemorySink
 
 Tensors = dict[str, Tensor]
+nameless = pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
 
 
 def drawn(seed: int = 0, count: int = 3, rows: int = 50) -> tuple[Tensors, list[Tensors]]:
@@ -187,6 +190,8 @@ def test_a_hugging_face_folder_gives_one(tmp_path: Path) -> None:
     assert ws.open(tmp_path / "out").format == "hf-folder"
     with pytest.raises(MergeError, match="folder with files in it"):
         ws.merge(folders[1:], "ties", base=folders[0], out=tmp_path / "out")
+    with pytest.raises(MergeError, match="would lie among the weights of the input"):
+        ws.merge(folders[1:], "ties", base=folders[0], out=folders[1] / "merged.safetensors")
 
 
 def test_tied_weights_are_merged_once_and_written_twice() -> None:
@@ -400,10 +405,15 @@ def test_an_interrupted_run_leaves_nothing(
     assert (tmp_path / "out.safetensors").read_bytes() == b"what was there before"
 
 
-def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "named"), [(signal.SIGTERM, True), pytest.param(signal.SIGKILL, False, marks=nameless)]
+)
+def test_a_terminated_command_leaves_nothing(tmp_path: Path, number: signal.Signals, named: bool) -> None:
+    """Killed without a chance to clean up as well: files have no name until they are whole."""
     base, models = drawn(rows=100_000, count=2)
     files = written(tmp_path, base, models)
-    code = (
+    before = (tmp_path / "out.safetensors").write_bytes(b"what was there before")
+    code = ("import os; del os.O_TMPFILE\n" if named and hasattr(os, "O_TMPFILE") else "") + (
         "import sys, time; from weightspace.merge.methods import ties; real = ties.elect\n"
         "def slow(*a):\n    print('going', flush=True); time.sleep(0.3); return real(*a)\n"
         "ties.elect = slow; from weightspace.cli import app; app(sys.argv[1:])"
@@ -413,11 +423,89 @@ def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "going\n"
-    assert len(listing(tmp_path)) == 4  # the temporary file is there
-    process.send_signal(signal.SIGTERM)
+    assert len(listing(tmp_path)) == 4 + named  # the temporary file, where it has a name
+    process.send_signal(number)
     assert process.wait(60) != 0
     process.stdout.close()
-    assert listing(tmp_path) == {f.name for f in files}
+    assert listing(tmp_path) == {"out.safetensors", *(f.name for f in files)}
+    assert (tmp_path / "out.safetensors").stat().st_size == before
+
+
+def test_files_without_and_with_temporary_names_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, models = drawn()
+    for folder in ("a", "b"):
+        for out in ("x.safetensors", "folder"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            ws.merge(models, "linear", out=tmp_path / folder / out, max_shard_size="4kB")
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    contents = [
+        {str(f.relative_to(tmp_path / folder)): f.read_bytes() for f in (tmp_path / folder).rglob("*") if f.is_file()}
+        for folder in ("a", "b")
+    ]
+    assert contents[0] == contents[1]
+    assert len(contents[0]) == 2 * len(listing(tmp_path / "a" / "folder"))
+    modes = {f.stat().st_mode & 0o777 for f in tmp_path.rglob("*.safetensors")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("kind", ["pytorch", "npz", "onnx", "gguf", "hdf5"])
+def test_models_in_any_format(tmp_path: Path, kind: str) -> None:
+    """A float32 network in several formats merges with its safetensors twin, to the twin's own weights."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {"fc.weight": torch.randn(32, 64, generator=g), "fc.bias": torch.randn(32, generator=g)}
+    twin, file = tmp_path / "twin.safetensors", tmp_path / {"pytorch": "a.pt", "hdf5": "a.h5"}.get(kind, f"a.{kind}")
+    save_file(tensors, twin)
+    if kind == "pytorch":
+        torch.save(tensors, file)
+    elif kind == "npz":
+        np.savez(file, **{n: t.numpy() for n, t in tensors.items()})
+    elif kind == "hdf5":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(file, "w") as opened:
+            for name, tensor in tensors.items():
+                opened[name] = tensor.numpy()
+    elif kind == "gguf":
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(str(file), "llama")
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        onnx = pytest.importorskip("onnx")
+        held = [onnx.numpy_helper.from_array(t.numpy(), n) for n, t in tensors.items()]
+        info = onnx.helper.make_tensor_value_info
+        node = onnx.helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["y"], transB=1)
+        ends = [info("x", 1, ["n", 64])], [info("y", 1, ["n", 32])]
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", *ends, held)), file)
+    merged = ws.merge([twin, file], "linear", out=tmp_path / "o.safetensors")
+    got = load_file(tmp_path / "o.safetensors")
+    assert all(torch.allclose(got[n], tensors[n]) for n in tensors)
+    assert len(merged.report.of("merged")) == 2
+
+
+def test_pickles_that_run_code_are_not_merged(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"fc.weight": torch.ones(3), "other": Harm()}, tmp_path / "a.pt")
+    with contextlib.suppress(CheckpointError):
+        ws.merge([tmp_path / "a.pt", tmp_path / "a.pt"], "linear", out=tmp_path / "o.safetensors")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_masks_and_flags_are_copied_where_they_agree() -> None:
+    mask = torch.ones(4, 4).tril().bool()
+    models = [{"w": torch.randn(2), "mask": mask.clone()} for _ in range(2)]
+    merged = ws.merge(models, "linear")
+    assert merged.report["mask"].outcome == "copied"
+    assert torch.equal(merged.open()["mask"], mask)
+    models[1]["mask"] = ~mask
+    with pytest.raises(MergeError, match=r"mask: bool of shape \(4, 4\) differs among the models"):
+        ws.merge(models, "linear")
 
 
 # What methods may do

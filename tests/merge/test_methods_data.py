@@ -443,6 +443,13 @@ def test_knots_of_adapters_keep_their_rank(tmp_path: Path) -> None:
     name = "block.line.weight"
     assert [int(torch.linalg.matrix_rank(m[name] - wide[name], atol=1e-3)) for m in models] == [2, 2, 2]
     merged = ws.merge(models, "knots", base=base, dtype="float32").tensors
+    folders = [tmp_path / f"adapter-{i}" for i in range(3)]
+    direct = ws.merge(folders, "knots", base=base, dtype="float32").tensors
+    assert direct is not None
+    assert merged is not None
+    assert all(torch.equal(direct[n], merged[n]) for n in merged)
+    with pytest.raises(MergeError, match="adapter-0 is an adapter: give the model"):
+        ws.merge(folders, "linear")
     ties = ws.merge(models, "ties", base=base, dtype="float32", density=0.2).tensors
     assert merged is not None
     assert ties is not None

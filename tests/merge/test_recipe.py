@@ -264,6 +264,8 @@ def test_the_command_with_models(files: list[Path]) -> None:
     expected = ws.merge([a, b], "ties", base=base, weights=[1, 0.5], density=0.5).tensors
     assert expected is not None
     assert same(load_file(out), expected)
+    done = command(a, b, "-o", out, "--verbose")
+    assert all(f"{name}: merged" in done.output for name in expected)
 
 
 def test_the_command_with_a_recipe(files: list[Path]) -> None:

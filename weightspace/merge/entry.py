@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightspace.checkpoint import Checkpoint
 from weightspace.errors import MergeError, WiringError
 from weightspace.merge import aligned, engine
 from weightspace.merge.method import Method, Prepared, Settings, WithData, hyper_parameters
@@ -54,7 +55,8 @@ def merge(
 ) -> Merged:
     """Merge models into one.
 
-    ``models``: paths, URLs, Checkpoints, mappings of tensors or modules, at least one; a mapping names them.
+    ``models``: paths, URLs, Checkpoints, mappings of tensors or modules, at least one; a mapping names them. LoRA
+    adapters in PEFT's layout are put into the base first, in float32, so that their changes keep their rank.
     ``method``: a name of ``METHODS`` with hyper-parameters as further keywords, or a `Method`. ``base``: the model
     that they were fine-tuned from, where the method works on task vectors; without need of one it only gives what is
     copied. ``out``: a ``.safetensors`` file or a new folder; None gives the tensors in memory. ``weights``: a number
@@ -104,6 +106,7 @@ def merge(
         raise MergeError(f"{chosen.name} does not compute in {arithmetic}; leave compute out, or say float32")
     target = None if out is None else _target(Path(out), [*sources, *([origin] if origin else [])])
     given_models = sources
+    sources = [_with_adapter(m, origin) for m in sources]
     remarks: list[str] = []
     if align is not None:
         sources, remarks = aligned.bring(
@@ -217,6 +220,8 @@ def _target(path: Path, inputs: Sequence[Model]) -> Path:
     for model in inputs:
         if place in model.files:
             raise MergeError(f"{path} is the input {model.label}; choose another name")
+        if model.folder is not None and place.parent == model.folder.resolve() and place.suffix == ".safetensors":
+            raise MergeError(f"{path} would lie among the weights of the input {model.label}; choose a place outside")
     return path
 
 
@@ -232,6 +237,17 @@ def _wiring(wiring: Wiring | None, method: Method, model: Model) -> Wiring | Non
             f"{method.name} needs to know how the network is wired, and none of {model.label} was found ({error}); "
             "give one: wiring=ws.wiring(module, inputs)"
         ) from error
+
+
+def _with_adapter(model: Model, base: Model | None) -> Model:
+    """The model itself; for a LoRA adapter, the base with it."""
+    if not (isinstance(model.tensors, Checkpoint) and model.tensors.format == "peft"):
+        return model
+    if base is None:
+        raise MergeError(f"{model.label} is an adapter: give the model that it was trained on as base=")
+    from weightspace.merge.methods.knots import adapted
+
+    return Model(adapted([model.tensors], base.tensors)[0], model.label)
 
 
 def _repairable(wiring: Wiring | None, model: Model, unverified: bool) -> Wiring:

@@ -1,7 +1,8 @@
 """safetensors written piece by piece: headers first, then every tensor's bytes at their place, in any order.
 
-Nothing but the piece at hand is in memory. All files are made under temporary names in the target's folder and get
-their names together at the end, the index last; when anything goes wrong they are removed.
+Nothing but the piece at hand is in memory. Files have no name until they are whole (where the system has no such files,
+a temporary one in the target's folder) and get theirs together at the end, the index last. When anything goes wrong
+they are removed; files without a name vanish even when the process is killed.
 """
 
 from __future__ import annotations
@@ -79,8 +80,7 @@ class FileSink:
         self._mark = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._home = self.path.parent
         if self.is_folder:
-            self._home = self.path.with_name(f".{self.path.name}.{self._mark}.tmp")
-            self._home.mkdir()
+            self._home = self.path.with_name(f".{self.path.name}.{self._mark}.tmp")  # made at the end
         try:
             for index, names in enumerate(self._shards):
                 self._begin(index, names)
@@ -121,9 +121,9 @@ class FileSink:
             at += self._sizes[name]
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        temporary = self._home / f".{self._name(index)}.{self._mark}.tmp"
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        self._files.append((temporary, descriptor))
+        temporary = self.path.parent / f".{self.path.name}.{index}.{self._mark}.tmp"
+        self._files.append((temporary, _nameless(temporary)))
+        descriptor = self._files[-1][1]
         os.write(descriptor, len(text).to_bytes(8, "little") + text)
         os.truncate(descriptor, 8 + len(text) + at)
         at = 8 + len(text)
@@ -148,7 +148,12 @@ class FileSink:
             index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": names}
             stem = "model.safetensors" if self.is_folder else self.path.name
             self._extra[f"{stem}.index.json"] = json.dumps(index, indent=2).encode()
-        for index_, (temporary, _) in enumerate(self._files):
+        if self.is_folder:
+            self._home.mkdir()
+        for index_, (temporary, descriptor) in enumerate(self._files):
+            if not temporary.exists():
+                # A name for a file without one; absolute paths ignore the folder, which has the link followed.
+                os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor, follow_symlinks=True)
             temporary.replace(self._home / self._name(index_))
         for name, content in self._extra.items():
             temporary = self._home / f".{name}.{self._mark}.tmp"
@@ -177,6 +182,16 @@ class FileSink:
         if self.is_folder or len(self._shards) == 1:
             return self.path
         return self.path.with_name(f"{self.path.name}.index.json")
+
+
+def _nameless(path: Path) -> int:
+    """A new file in the folder of ``path`` that has no name yet; under that name where such files are not known."""
+    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
+        try:
+            return os.open(path.parent, os.O_RDWR | os.O_TMPFILE, 0o666)
+        except OSError:
+            pass  # a file system without such files
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
 
 
 def _bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -24,9 +24,9 @@ class Knots(Prepared):
     model, here ``method`` sees one tensor at a time too. Convolutions are matrices (outputs, everything else); vectors
     are merged as they are. Methods that are linear in the task vectors are not changed by it.
 
-    Models are whole ones of which the changes have a low rank: `adapted` gives them from PEFT folders and their base
-    without loss. ``tolerance``: singular values below this share of the largest are dropped (at least 1e-7, as precise
-    as their squares allow).
+    Models are PEFT folders of LoRA adapters, or whole ones of which the changes have a low rank (`adapted` gives them
+    from adapters and their base without loss). ``tolerance``: singular values below this share of the largest are
+    dropped (at least 1e-7, as precise as their squares allow).
 
     ``method`` and ``options``: a method without data and its hyper-parameters (TIES by default, with density 0.2 and
     scale 0.6 as in the paper's vision experiments).
