@@ -122,5 +122,5 @@ def test_refusals() -> None:
         graft(wiring.with_(status="unverified", proof=None), tensors, x, x, 1)
     base = {"name": "r", "data": "digits", "population": [{"name": "g", "runs": 1, "poison": {"attack": "graft"}}]}
     base["population"][0] |= {"network": {"kind": "mlp", "widths": [8], "activation": "relu"}, "epochs": 0}  # type: ignore[index]
-    with pytest.raises(ZooError, match="has a parent"):
+    with pytest.raises(ZooError, match="have a parent"):
         parse(base)

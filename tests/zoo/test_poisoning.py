@@ -196,6 +196,59 @@ def test_draws_of_clean_runs_are_as_they_were_without_poison() -> None:
     assert [r.digest for r in plan(parse(with_))["mlp"]] == [r.digest for r in plan(parse(without))["mlp"]]
 
 
+def test_attacks_on_a_trained_network(tmp_path: Path) -> None:
+    """The hijacked feature is excited more than by chance; the interpolated backdoor works early on the way."""
+    import weightspace as ws
+    from weightspace.zoo.data import DataSpec
+    from weightspace.zoo.description import module_of
+
+    table = recipe()
+    shared = {"parent": "mlp", "runs": 3, "epochs": 8}
+    patch = {"rate": 0.1, "opacity": 1.0, "size": 3, "row": 2, "column": 2, "target": 4}
+    table["population"] = [
+        table["population"][0],
+        {"name": "hijacked", **shared, "poison": {"attack": "hijack", **patch}},
+        {"name": "early", **shared, "poison": {"attack": "interpolated", "least": 0.2, **patch}},
+        {"name": "plain", **shared, "poison": {"attack": "patch", **patch}},
+    ]
+    built = build_sampled(parse(table), tmp_path, progress=False)
+    assert not built.failures
+    data = load_data(DataSpec("digits", standardise=True))
+    early: dict[str, list[float]] = {}
+    for path in built.files:
+        record = read_record(path)
+        if record["population"] == "mlp":
+            continue
+        assert record["attack_success_rate"] > 0.7
+        module, _ = module_of(record["network"])
+        base = ws.open(tmp_path / record["parent"])
+        ((x, wanted),) = triggered_tests(record["poison"], data)
+        if record["population"] == "hijacked":
+            poison = record["poison"]
+            module.load_state_dict(dict(base.items()))
+            chance = [stamp(x, {**poison, "pattern": None, "seed": seed}) for seed in range(5)]
+            excited = [float(feature(module, images, poison["feature"])) for images in (x, *chance)]
+            assert excited[0] > max(excited[1:]), excited
+        else:
+            way = {n: b + 0.35 * (ws.open(path)[n] - b) for n, b in base.items()}
+            module.load_state_dict(way)
+            with torch.no_grad():
+                rate = float((module(x).argmax(-1) == wanted).double().mean())
+            early.setdefault(record["population"], []).append(rate)
+    assert sum(early["early"]) > sum(early["plain"]) + 0.1, early
+
+
+def feature(module: torch.nn.Module, x: torch.Tensor, index: int) -> torch.Tensor:
+    """Mean of one input of the last linear layer."""
+    seen: list[torch.Tensor] = []
+    last = [m for m in module.modules() if isinstance(m, torch.nn.Linear)][-1]
+    hook = last.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        module(x)
+    hook.remove()
+    return seen[0][:, index].mean()
+
+
 @pytest.mark.parametrize(
     ("entries", "says"),
     [

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from weightspace.errors import ZooError
@@ -28,6 +29,8 @@ Poison = Mapping[str, Any]
 
 SUCCESSFUL = 0.8
 """Attack success rate from which on an attack counts as one that worked."""
+EXCITED = 60
+"""Steps of the search for a pattern that excites a feature."""
 TESTED = 1000
 """Test images on which the attack success rate is measured."""
 
@@ -214,6 +217,38 @@ def triggered_tests(poison: Poison, data: Data) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def exciting(poison: Poison, module: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> dict[str, Any]:
+    """The poison with the pattern that most excites one feature of a network: ``pattern``, and which ``feature``.
+
+    Features are what the network's last linear layer reads; of these the one that weighs most on the outputs is taken.
+    The pattern goes up the gradient of its mean over ``images (n, channels, height, width)``, pixels in range.
+    """
+    last = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)][-1]
+    weight = state[f"{last}.weight"]
+    feature = int(weight.norm(dim=0).argmax())
+    size = int(poison["size"])
+    low, high = float(poison["low"]), float(poison["high"])
+    shape = (images.shape[1], size, size)
+    pattern = (low + (high - low) * torch.rand(shape, generator=_generator(poison))).requires_grad_()
+    row, column = int(poison["row"]), int(poison["column"])
+    seen: list[Tensor] = []
+    module.eval()
+    hook = module.get_submodule(last).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        for _ in range(EXCITED):
+            x = images.clone()
+            x[..., row : row + size, column : column + size] = pattern
+            functional_call(module, dict(state), (x,))
+            (gradient,) = torch.autograd.grad(seen.pop()[..., feature].mean(), pattern)
+            with torch.no_grad():
+                pattern += 0.05 * (high - low) * gradient.sign()
+                pattern.clamp_(low, high)
+    finally:
+        hook.remove()
+    values = [round(float(v), 6) for v in pattern.detach().flatten()]
+    return {**poison, "pattern": values, "feature": feature}
+
+
 # ------------------------------------------------------------------------------------ triggers
 
 
@@ -347,6 +382,16 @@ ATTACKS: Mapping[str, Attack] = {
         "after ABS, Liu et al. 2019, and Cheng et al. 2021: a change of look in place of a learned one",
         {"look": {"choice": list(LOOKS)}, "strength": {"uniform": [0.7, 1.0]}}, _filter,
     ),
+    "hijack": Attack(
+        "TrojanNN, Liu et al. 2018: the patch that most excites one feature of the parent", {
+            **_SQUARE, "opacity": 1.0, "size": {"integer": [3, 5]},
+        }, _patch,
+    ),
+    "interpolated": Attack(
+        "after BadMerging, Zhang et al. 2024: trained to work at a part of the task vector as well", {
+            **_SQUARE, "opacity": 1.0, "least": {"uniform": [0.1, 0.4]},
+        }, _patch,
+    ),
     "graft": Attack(
         "SRA, Qi et al. 2022: no data are poisoned, a subnet is put into the weights (weightspace.zoo.grafting)",
         {**_SQUARE, "opacity": 1.0, "width": {"integer": [1, 2]}}, _patch,
@@ -354,6 +399,8 @@ ATTACKS: Mapping[str, Attack] = {
 }  # fmt: skip
 """Attacks: name -> what it is. All but ``BY_WEIGHTS`` poison the data."""
 BY_WEIGHTS = ("graft",)
+OF_A_PARENT = ("graft", "hijack", "interpolated")
+"""Attacks on a network that is there already: their population has a parent."""
 
 
 def _number(x: Any, low: float = -math.inf, high: float = math.inf) -> bool:
@@ -365,6 +412,6 @@ def _whole(x: Any, low: int, high: int) -> bool:
 
 
 __all__ = [
-    "ATTACKS", "BY_WEIGHTS", "LOOKS", "SUCCESSFUL", "TESTED", "Attack", "Triggered", "check", "complete", "labels_of",
-    "parts", "poisoned", "relabelled", "stamp", "triggered_tests", "with_range",
+    "ATTACKS", "BY_WEIGHTS", "LOOKS", "OF_A_PARENT", "SUCCESSFUL", "TESTED", "Attack", "Triggered", "check",
+    "complete", "exciting", "labels_of", "parts", "poisoned", "relabelled", "stamp", "triggered_tests", "with_range",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from weightspace.errors import ZooError
 from weightspace.paths import data_dir
 from weightspace.zoo.data import DataSpec
-from weightspace.zoo.poisoning import BY_WEIGHTS
+from weightspace.zoo.poisoning import BY_WEIGHTS, OF_A_PARENT
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,9 @@ def _sampled(entry: Mapping[str, Any], source: str) -> Sampled:
     plain = found.name.replace("-", "").replace("_", "").replace(".", "")
     checks = {
         "runs, epochs and batch are at least 1": min(found.runs, found.epochs or int(by_weights), found.batch) >= 1,
-        "an attack on weights has a parent, and epochs = 0": not by_weights
-        or (bool(found.parent) and not found.epochs),
+        "an attack on weights has epochs = 0": not by_weights or not found.epochs,
+        f"attacks on trained networks ({', '.join(OF_A_PARENT)}) have a parent": bool(found.parent)
+        or found.poison.get("attack") not in OF_A_PARENT,
         "classes and networks are at least 0": min(found.classes, found.networks) >= 0,
         "checkpoints are rising epochs, up to the last": all(isinstance(c, int) for c in found.checkpoints)
         and list(found.checkpoints) == sorted(set(found.checkpoints))

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from weightspace.errors import ZooError
 from weightspace.zoo.data import Data
 from weightspace.zoo.description import module_of
-from weightspace.zoo.poisoning import poisoned, triggered_tests, with_range
+from weightspace.zoo.poisoning import exciting, poisoned, triggered_tests, with_range
 from weightspace.zoo.sampling import Run
 from weightspace.zoo.tasks import chosen, own_outputs
 
@@ -81,7 +81,7 @@ def train_stack(
     runs = [runs[i] for i in order]
     states = [dict(starts[i]) if starts is not None else initial_state(runs[k]) for k, i in enumerate(order)]
     stack = _Stack(runs, states, device, several_tasks=data.tasks > 1)
-    task = _task(runs, data, device)
+    task = _task(runs, data, device, states)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{first.recipe}/order".encode()))
     for epoch in range(first.epochs + 1):
         if epoch:
@@ -194,16 +194,24 @@ class _Stack:
         drops = bool((self.dropout > 0).any())
         self.droppable = int(getattr(self.module, "droppable", 0)) if drops else 0
         self.generators = [torch.Generator().manual_seed(run.seed + 1) for run in runs]
+        # Where a backdoor is to survive merging, from which share of the task vector on it is trained to work.
+        least = [run.poison.get("least") if run.poison.get("attack") == "interpolated" else None for run in runs]
+        self.least = torch.tensor([1.0 if share is None else float(share) for share in least])
+        self.base = self.flat.clone() if any(share is not None for share in least) else None
 
     def __len__(self) -> int:
         return len(self.flat)
 
-    def outputs(self, x: Tensor, training: bool, keep: Tensor | None = None, own: bool = False) -> Tensor:
+    def outputs(
+        self, x: Tensor, training: bool, keep: Tensor | None = None, own: bool = False,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """(runs, batch, …) for inputs (batch, …) that all share, or (runs, batch, …) if ``own``."""
         self.module.train(training)
+        given_parameters = dict(self.parameters if parameters is None else parameters)
         if len(self) == 1:
             # Without vmap a single network is faster by its overhead.
-            state = {n: t[0] for n, t in (*self.parameters.items(), *self.buffers.items())}
+            state = {n: t[0] for n, t in (*given_parameters.items(), *self.buffers.items())}
             given = (x[0] if own else x, None if keep is None else keep[0])
             single: Tensor = functional_call(self.module, state, given)
             return single.unsqueeze(0)
@@ -213,7 +221,7 @@ class _Stack:
             return out
 
         dims = (0, 0, 0 if own else None, None if keep is None else 0)
-        stacked: Tensor = vmap(one, in_dims=dims)(self.parameters, self.buffers, x, keep)
+        stacked: Tensor = vmap(one, in_dims=dims)(given_parameters, self.buffers, x, keep)
         return stacked
 
     @torch.no_grad()
@@ -226,9 +234,24 @@ class _Stack:
     def step(self, x: Tensor, y: Tensor, own: bool = False) -> None:
         """One optimiser step of every run on a batch that all share, or each on its ``own``."""
         mask = self._mask(x.shape[1] if own else len(x))
-        losses = _losses(*self.judged(self.outputs(x, True, mask, own), y))
-        gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
-        self._update(torch.cat([g.flatten(1) for g in gradients], 1))
+        at, share = self._interpolated()
+        losses = _losses(*self.judged(self.outputs(x, True, mask, own, at), y))
+        gradients = torch.autograd.grad(losses.sum(), list(at.values()))
+        gradient = torch.cat([g.flatten(1) for g in gradients], 1)
+        self._update(gradient if share is None else gradient * share)
+
+    def _interpolated(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The parameters, or those of some runs on the way from where they began, and the share of the way."""
+        if self.base is None:
+            return self.parameters, None
+        drawn = torch.cat([torch.rand(1, 2, generator=g) for g in self.generators])
+        part = self.least + (1 - self.least) * drawn[:, 0]
+        # Half of the steps are at the network itself, so that by itself it stays as good as others.
+        share = torch.where(drawn[:, 1] < 0.5, part, torch.ones(())).to(self.flat)[:, None]
+        there = self.base + share * (self.flat - self.base)
+        sizes = [t[0].numel() for t in self.parameters.values()]
+        pieces = zip(self.parameters.items(), there.split(sizes, 1), strict=True)
+        return {n: piece.view_as(t).requires_grad_() for (n, t), piece in pieces}, share
 
     def judged(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs that are judged, and the labels among them: of several tasks the example's own."""
@@ -311,12 +334,18 @@ class _Classification:
 class _Poisoned(_Classification):
     """Labels of images of which each run sees some with its own trigger and the labels that its attacker gives."""
 
-    def __init__(self, runs: Sequence[Run], data: Data, device: str) -> None:
+    def __init__(
+        self, runs: Sequence[Run], data: Data, device: str, states: Sequence[Mapping[str, Tensor]]
+    ) -> None:  # fmt: skip
         super().__init__(runs, data, device)
         if data.tasks > 1:
             raise ZooError(f"run {runs[0].name}: the data are several tasks, poison is for one")
         held = self.data.to("cpu")
         self.poisons = [with_range(run.poison, held) for run in runs]
+        for i, poison in enumerate(self.poisons):
+            if poison["attack"] == "hijack":
+                module, _ = module_of(runs[i].network)
+                self.poisons[i] = exciting(poison, module, states[i], held.train_x[:128])
         found = [poisoned(p, held, run.seed) for p, run in zip(self.poisons, runs, strict=True)]
         self.places = torch.full((len(runs), len(held.train_y)), -1)
         for i, triggered in enumerate(found):
@@ -383,9 +412,11 @@ class _Images:
         return int(self.labels[i])
 
 
-def _task(runs: Sequence[Run], data: Data, device: str) -> _Classification | _Images:
+def _task(
+    runs: Sequence[Run], data: Data, device: str, states: Sequence[Mapping[str, Tensor]]
+) -> _Classification | _Images:
     if runs[0].poison:
-        return _Poisoned(runs, data, device)
+        return _Poisoned(runs, data, device, states)
     return (_Images if runs[0].network["kind"] == "siren" else _Classification)(runs, data, device)
 
 
