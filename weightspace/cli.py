@@ -256,7 +256,7 @@ def merge(
         _print_json({"path": str(merged.path), **json.loads(merged.report.to_json())})
         return
     for row in merged.report if verbose else ():
-        _console().print(row, highlight=False, markup=False)
+        _console().print(str(row), highlight=False, markup=False)
     _console().print(f"{merged.path}: {merged.report}", highlight=False, markup=False)
 
 
