@@ -398,10 +398,11 @@ def _tensors(f: Flight) -> None:
                 if prefix
                 else "merge models of one architecture, or rename the tensors"
             )
-            if not missing:
+            deeper = sum(math.prod(model.shape(t)) for t in extra) > 0.2 * max(reference.num_parameters, 1)
+            if not missing and not deeper:
                 remedy = "drop what is additional, or merge only what both have"
             f.say(
-                "stop" if share > 0 else "warning", "tensors", name,
+                "stop" if share > 0 or deeper else "warning", "tensors", name,
                 f"{len(missing)} of {len(reference)} tensors of {against} are absent ({_listed(missing)}){also}"
                 if missing else f"{len(extra)} tensors that {against} has not ({_listed(extra)})",
                 f"the names of {against}", remedy, (*missing, *extra),
@@ -516,6 +517,9 @@ def _wiring(f: Flight) -> None:
     for name, model in f.others().items():
         if name in f.unlike or name in f.unusable or model.path is None:
             # Tensors in memory say nothing beyond the names and shapes that were compared already.
+            continue
+        graph = model.metadata.get("model_config")
+        if graph is not None and graph == f.reference[1].metadata.get("model_config"):
             continue
         try:
             other = find(model)
@@ -884,11 +888,12 @@ def _light(found: Any) -> Any:
 def _protection(f: Flight) -> None:
     """Copies moved inside their orbit, found against the reference, and what is left once that is undone."""
     from weightspace.errors import UnprovedWiringError
-    from weightspace.mergeability.protection import examine
+    from weightspace.mergeability.protection import Reference, examine
 
     models = _pairs(f, "protection")
     wiring = f.find_wiring() if models else None
     against, reference = f.reference
+    held: Reference | None = None
     for name, model in models.items():
         f.step(f"protection of {name}")
         if wiring is None or not wiring.proved:
@@ -906,7 +911,9 @@ def _protection(f: Flight) -> None:
         else:
             try:
                 found = known.aligned if known is not None and known.aligned is not None else None
-                found = found or examine(model, reference, wiring)
+                if found is None:
+                    held = held or Reference(reference, wiring)
+                    found = examine(model, held, wiring)
             except UnprovedWiringError as error:
                 f.skipped["protection"] = _one_line(error)
                 return

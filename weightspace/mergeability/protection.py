@@ -50,7 +50,14 @@ EXPLAINED = 0.5
 NEAR = 0.6
 """Relative distance to the reference, after undoing, up to which a model counts as its relative. Independent networks,
 aligned as well as can be, lie above; see ``weightspace.mergeability.ancestry``."""
+FAR = 0.1
+"""Scales are reported where they take a tensor at least so far from the reference, as a squared relative distance:
+training moves along them as well, above all where a norm that follows makes them free (weight decay in front of a batch
+norm)."""
+GAINED = 0.9
+"""Undoing what is reported has to bring the whole model to this share of its distance to the reference, or nearer."""
 _STRANGE = 0.8
+_ODD = 0.25
 TOLERANCE = 1e-3
 """Largest relative change of the float32 outputs by the undoing; rounding of large maps reaches 1e-4."""
 
@@ -196,51 +203,52 @@ def _doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def examine(
-    model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring: Wiring, *, keep_all: bool = False
+    model: Mapping[str, Tensor], reference: Mapping[str, Tensor] | Reference, wiring: Wiring, *, keep_all: bool = False
 ) -> Protection:
     """Is a model a permuted, rescaled or mapped copy of a relative of the reference? And what is it without that?
 
     ``model`` and ``reference`` have the wiring's tensors; both are held in memory, in float64. A fine-tuned model is
-    brought near its base in the same way as an exact copy, as far as training left them alike. ``keep_all`` keeps what
-    was weighed and found too light as well.
+    brought near its base in the same way as an exact copy, as far as training left them alike. A ``Reference`` saves
+    work where several models are held against one. ``keep_all`` keeps what was weighed and found too light as well.
 
     Raises ``UnprovedWiringError`` for a wiring that is not proved or has no network to run, because undoing a wrong
     symmetry would break the model.
     """
     started = time.perf_counter()
-    if not wiring.proved or wiring.program is None:
-        why = "has no network to run" if wiring.program is None else f"is {wiring.status}, not proved"
-        raise UnprovedWiringError(
-            f"the wiring ({wiring.origin}) {why}; expected a proved one to tell symmetries from other changes: wire "
-            "the module with example inputs"
-        )
-    search = _Search(wiring, _doubles(reference))
+    search = reference if isinstance(reference, Reference) else Reference(reference, wiring)
     given = _doubles(model)
+    if not keep_all and search.ordinary(given):
+        apart = search.distance(given)
+        return Protection((), (), apart, apart, apart, apart <= NEAR, 0.0, dict(model), seconds=_since(started))
     whole, full, nearest = search.best(given)
     before = after = search.distance(given)
     weighed: tuple[Evidence, ...] = ()
     if nearest <= NEAR and (keep_all or search.gains(given, full)):
         weighed = tuple(search.evidence(given, whole, full))
-    evidence = tuple(e for e in weighed if e.explained >= EXPLAINED)
+    evidence = tuple(e for e in weighed if e.explained >= EXPLAINED and (e.kind != "scales" or e.before >= FAR))
     kept = whole.only(evidence)
     result, error = dict(model), 0.0
     if kept.kinds:
         undone = search.undone(given, kept)
         after = search.distance(undone)
         result = {n: undone[n].to(t.dtype) for n, t in model.items()}
-        error = _error(wiring, model, result)
+        error = _error(wiring, model, result) if after <= GAINED * before else math.inf
         if not error <= TOLERANCE:
-            # Never hand out a model that computes something else.
-            kept, evidence, result, after = _Plan.empty(wiring), (), dict(model), before
+            # Nothing is gained; and never hand out a model that computes something else.
+            kept, evidence, result, after, error = _Plan.empty(wiring), (), dict(model), before, 0.0
     return Protection(
         kept.kinds, evidence, before, after, nearest, nearest <= NEAR, error, result,
-        kept.permutation if kept.kinds else None, weighed if keep_all else evidence, time.perf_counter() - started,
+        kept.permutation if kept.kinds else None, weighed if keep_all else evidence, _since(started),
     )  # fmt: skip
+
+
+def _since(started: float) -> float:
+    return time.perf_counter() - started
 
 
 def nearest(model: Mapping[str, Tensor], reference: Mapping[str, Tensor], wiring: Wiring) -> float:
     """How near a model comes to a reference with all undone that can be: ``Protection.nearest`` alone."""
-    return _Search(wiring, _doubles(reference)).best(_doubles(model))[2]
+    return Reference(reference, wiring).best(_doubles(model))[2]
 
 
 def _error(wiring: Wiring, one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
@@ -301,11 +309,21 @@ def _moving(permutation: Permutation) -> Permutation:
     return Permutation(index, permutation.factors)
 
 
-class _Search:
-    """What is worked out of the wiring and the reference once."""
+class Reference:
+    """What models are held against, with what is worked out of it and the wiring once; for ``examine``.
 
-    def __init__(self, wiring: Wiring, reference: dict[str, Tensor]) -> None:
-        self.wiring, self.reference = wiring, reference
+    Raises ``UnprovedWiringError`` for a wiring that is not proved or has no network to run.
+    """
+
+    def __init__(self, reference: Mapping[str, Tensor], wiring: Wiring) -> None:
+        if not wiring.proved or wiring.program is None:
+            why = "has no network to run" if wiring.program is None else f"is {wiring.status}, not proved"
+            raise UnprovedWiringError(
+                f"the wiring ({wiring.origin}) {why}; expected a proved one to tell symmetries from other changes: "
+                "wire the module with example inputs"
+            )
+        self.wiring, self.reference = wiring, _doubles(reference)
+        reference = self.reference
         self.group: Scaling = scaling(wiring)
         self.inner = inner_factors(wiring)
         self.inner_names = {i.factor for i in self.inner}
@@ -313,6 +331,7 @@ class _Search:
         self.floats = [n for n in wiring.layouts if n in reference and reference[n].is_floating_point()]
         self.squares = {n: float(reference[n].square().sum()) for n in self.floats}
         self.kept: dict[bool, dict[str, Tensor]] = {}
+        self.own: list[Tensor] | None = None
         self.shapes = [shape_of(wiring.factors, g.factor) for g in self.group.generators]
         self.flip_shapes = [shape_of(wiring.factors, f.factor) for f in self.group.flips]
 
@@ -337,6 +356,15 @@ class _Search:
             if self.squares.get(n, 0) > 0
         ]
         return sum(parts) / len(parts) if parts else 0.0
+
+    def ordinary(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Is every matrix near the reference, and every element of a factor but one at most: is nothing to be undone?
+
+        Copies that are moved so little can be averaged as they are.
+        """
+        if any(self.squared(tensors, [n]) > FAR for n in self.floats if self.reference[n].dim() > 1):
+            return False
+        return not self.disordered(tensors, _ODD)
 
     # ---------------------------------------------------------------- undoing
 
@@ -363,10 +391,10 @@ class _Search:
             best = tried
         return best
 
-    def disordered(self, tensors: Mapping[str, Tensor]) -> bool:
+    def disordered(self, tensors: Mapping[str, Tensor], limit: float = _STRANGE) -> bool:
         """Are there two elements of a factor or more as far from the reference as strangers, so that a search pays?"""
         for factor, ways in places(self.wiring).items():
-            if factor in self.inner_names:
+            if factor in self.inner_names and limit == _STRANGE:
                 continue
             apart, own = torch.zeros(()), torch.zeros(())
             for w in ways:
@@ -374,7 +402,7 @@ class _Search:
                     b = w.view(self.reference[w.tensor])
                     gap = (w.view(tensors[w.tensor]) - b).square().sum(-1) / self.squares[w.tensor]
                     apart, own = apart + gap, own + b.square().sum(-1) / self.squares[w.tensor]
-            if int((apart > _STRANGE * own).sum()) >= 2:
+            if int((apart > limit * own).sum()) >= 2:
                 return True
         return False
 
@@ -505,8 +533,9 @@ class _Search:
         chosen = [k for k, g in enumerate(self.group.generators) if g.factor not in self.inner_names]
         if not chosen:
             return {}
-        apart = self.norms(now, chosen), self.norms(self.reference, chosen)
-        return {k: ours - theirs for k, ours, theirs in zip(chosen, *apart, strict=True)}
+        if self.own is None:
+            self.own = self.norms(self.reference, chosen)
+        return {k: ours - theirs for k, ours, theirs in zip(chosen, self.norms(now, chosen), self.own, strict=True)}
 
     def norms(self, tensors: Mapping[str, Tensor], chosen: Sequence[int]) -> list[Tensor]:
         """Log scales to the least norm over the tensors that no map inside a head changes."""
@@ -607,4 +636,7 @@ class _Search:
         return apart / (sum(float(b.square().sum()) for b in theirs) or 1.0)
 
 
-__all__ = ["EXPLAINED", "KINDS", "NEAR", "TOLERANCE", "Evidence", "Kind", "Protection", "examine", "nearest", "protect"]
+__all__ = [
+    "EXPLAINED", "FAR", "GAINED", "KINDS", "NEAR", "TOLERANCE", "Evidence", "Kind", "Protection", "Reference",
+    "examine", "nearest", "protect",
+]  # fmt: skip

@@ -203,8 +203,8 @@ class _Scoring:
         for name, model in f.models.items():
             why = next((x.found for x in f.findings if x.severity == "stop" and name in x.models), "")
             if name in f.unusable or name in f.unlike or name in f.broken:
-                if name in f.unlike and not why:
-                    # It has more tensors than the others; what they have in common can be compared.
+                if name in f.unlike and not why and name not in f.unusable | f.broken:
+                    # It has a few tensors more than the others; what they have in common can be compared.
                     self.models[name] = model
                     continue
                 self.left[name] = why or "its tensors are others"
