@@ -124,3 +124,25 @@ def prior() -> Prior:
     )  # fmt: skip
     far = np.sort(np.concatenate([found.far(x[k : k + 1]) for k in range(len(x))])) * 2
     return Prior(**{**found.__dict__, "distances": far})
+
+
+@cache
+def strangers() -> Prior:
+    """About networks without a common base: the features of one with another carried onto it."""
+    from weightspace.align.optimal_transport import optimal_transport
+
+    xs, ys = [], []
+    for k in range(CHILDREN):
+        a, b = family(0)[1][f"m{k}"], family(1)[1][f"m{(k * 2) % CHILDREN}"]
+        moved = optimal_transport(a, b, wiring("mlp"), wiring_a=wiring("mlp"))
+        carried = wiring("mlp").apply(moved.permutations, b)
+        xs.append(compare({"a": a, "b": carried}, None, wiring("mlp")).vectors([(0, 1)]))
+        ys.append([[0.4 + 0.05 * k]] * 2)
+    x, y = np.concatenate(xs), link(np.concatenate(ys))
+    centre, unit = np.median(x, 0), np.maximum(x.std(0), 1e-3)
+    return Prior(
+        ("linear",), Forest.fit(x, y, trees=5, leaf=2), None,
+        {"linear": {"vulnerability": 0.05, "damage": 0.02, "pair": 0.01, "cell": 0.01}},
+        {"linear": Spread(np.array([0.4, 0.7]), np.array([0.1, 0.1]), np.array([0.5, 1.0]))},
+        centre, unit, (x - centre) / unit, np.array([200.0]), base=False,
+    )  # fmt: skip

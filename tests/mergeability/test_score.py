@@ -320,6 +320,22 @@ def test_outside_its_range_measured_merges_still_tell_of_others(models: Mapping[
     assert narrow < wide
 
 
+def test_models_without_a_base_have_a_prior_of_their_own() -> None:
+    one, two, three = (small.family(n)[1]["m1"] for n in (0, 1, 3))
+    report = score({"one": one, "two": two, "three": three}, prior=small.strangers())
+    assert [p.known for p in report.predictions.values()] == [False]
+    assert "only pairs were learned from" in report.predictions["linear"].applicability.reason
+    pairs = report.ranked(2)
+    assert len(pairs) == 3
+    assert all(0.3 < m.value < 0.8 for m in pairs)
+    moved = wiring("mlp").apply(wiring("mlp").random(5), two)
+    again = score({"one": one, "two": moved}, prior=small.strangers())
+    was = next(m for m in pairs if set(m.models) == {"one", "two"})
+    # Carried onto the first, a permuted copy is what it was.
+    assert again.merges[0].value == pytest.approx(was.value, abs=1e-6)
+    assert again.merges[0].terms["axis misalignment"] > 0.1
+
+
 # ------------------------------------------------------------------------------------ inputs
 
 

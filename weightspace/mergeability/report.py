@@ -29,6 +29,10 @@ TERMS = (
     "size of the change",
 )  # fmt: skip
 """What the weights say of a merge, whether anything is predicted from it or not."""
+_BLOCKS = (
+    "cosine", "sign conflict", "left subspace", "right subspace", "singular interference", "row overlap",
+    "column overlap",
+)  # fmt: skip
 GROUPED = 0.9
 """Retained accuracy that every pair of a proposed group is expected to reach."""
 _SHOWN = 12
@@ -282,11 +286,9 @@ class MergeReport:
         part = np.mean([c.changes[i] / max(c.changes[i].sum(), 1e-30) for i in members], axis=0)
         between = np.mean([c.pairs[i, j] for i, j in pairs], axis=0)
         columns: dict[str, Any] = {"share": part}
-        for k, name in enumerate(PAIR_TERMS):
-            if name == "distance":
-                columns["norm ratio"] = np.mean([_ratio(c.changes[i], c.changes[j]) for i, j in pairs], axis=0)
-            else:
-                columns["axis misalignment" if name == "misalignment" else name] = between[:, k]
+        columns |= {name: between[:, PAIR_TERMS.index(name)] for name in _BLOCKS}
+        columns["norm ratio"] = np.mean([_ratio(c.changes[i], c.changes[j]) for i, j in pairs], axis=0)
+        columns["axis misalignment"] = between[:, PAIR_TERMS.index("misalignment")]
         return pd.DataFrame(columns, index=pd.Index(c.blocks, name="block"))
 
     def _numbers(self, names: Sequence[str]) -> list[int]:

@@ -59,6 +59,7 @@ _CELLS = 256
 _MATCHED = 300_000_000
 _WORK = 4_000_000_000
 """Weights that are merged and run where inputs are given: more than these, and only the first merge is."""
+_ALIGNED = 28
 _HEADERS = ("adapters", "quantised", "tensors")
 """What is looked at in any case: without it nothing can be compared."""
 
@@ -96,7 +97,7 @@ def score(
     from weightspace.zoo.progress import bar
 
     started = time.perf_counter()
-    using = _prior(prior)
+    using = _prior(prior, base is not None, methods)
     methods = [m for m in using.methods if m != BARRIER] if methods is None else list(methods)
     unknown = [m for m in methods if m not in using.methods]
     if unknown or not methods:
@@ -132,12 +133,18 @@ def score(
     return _Scoring(flight, using, tuple(methods), tuple(latest(measured)), inputs, left, unreadable, started).report()
 
 
-def _prior(prior: Prior | str | os.PathLike[str] | None) -> Prior:
-    from weightspace.mergeability.prior import Prior, shipped
+def _prior(prior: Prior | str | os.PathLike[str] | None, base: bool, methods: Sequence[str] | None) -> Prior:
+    """The one that was given, or that which comes along; without a base, that of models without one if it has it."""
+    from weightspace.mergeability.prior import FILES, STRANGERS, Prior, shipped, shipped_strangers
 
-    if prior is None:
-        return shipped()
-    return Prior.load(Path(prior)) if isinstance(prior, str | os.PathLike) else prior
+    if isinstance(prior, Prior):
+        return prior
+    folder = FILES if prior is None else Path(prior)
+    if not base and (folder / STRANGERS).is_file():
+        strange = shipped_strangers() if prior is None else Prior.load(folder, STRANGERS)
+        if methods is None or set(methods) <= set(strange.methods):
+            return strange
+    return shipped() if prior is None else Prior.load(folder)
 
 
 def _population(models: Any) -> Path | None:
@@ -191,6 +198,8 @@ class _Scoring:
         self.notes += notes
         self.base, self.wiring = flight.base, flight.wiring
         self.comparison: Comparison | None = None
+        self.seen_as: dict[tuple[int, ...], tuple[Comparison, tuple[int, ...]]] = {}
+        self.failed: dict[tuple[int, ...], str] = {}
 
     def _choose(self) -> None:
         """The models that can be compared, protected ones undone; why the others cannot."""
@@ -236,8 +245,12 @@ class _Scoring:
         self.comparison = comparison
         sets = _sets(len(self.names), self.measured, self.names)
         cells = Cells.of(sets, len(self.names))
-        inside = [self.prior.applicability(comparison, s, proved) for s in sets]
-        means = self._means(sets, proved)
+        if self.prior.base or self.base is not None:
+            self.seen_as = {members: (comparison, members) for members in sets}
+            means = self._means(sets, proved)
+        else:
+            means = self._carried(sets, proved)
+        inside = [self._applicable(members, proved) for members in sets]
         wanted = list(self.methods)
         if BARRIER in self.prior.methods and BARRIER not in wanted:
             wanted.append(BARRIER)
@@ -283,6 +296,42 @@ class _Scoring:
         values = (found.own, found.pairs, found.changes, found.whole, found.scale)
         if not all(bool(np.isfinite(v).all()) for v in values):
             raise WeightspaceError("some weights are not finite, or so large that their squares are not")
+        return found
+
+    def _applicable(self, members: tuple[int, ...], proved: bool) -> Applicability:
+        if members in self.seen_as:
+            return self.prior.applicability(*self.seen_as[members], proved)
+        if not proved:
+            return Applicability(False, 0.0, "the models' wiring is not proved, so that they cannot be aligned")
+        if members in self.failed:
+            return Applicability(False, 0.0, f"they cannot be aligned ({self.failed[members]})")
+        if len(members) > 2:
+            return Applicability(False, 0.0, "without a common base only pairs were learned from")
+        return Applicability(False, 0.0, f"without a common base at most {_ALIGNED} pairs are aligned and looked at")
+
+    def _carried(self, sets: Sequence[tuple[int, ...]], proved: bool) -> Array:
+        """What is expected of pairs without a common base: the second is carried onto the first for the features."""
+        from weightspace.align.optimal_transport import optimal_transport
+
+        found = np.full((sum(map(len, sets)), len(self.prior.methods)), float(link(np.array([0.8]))[0]))
+        models, start, pairs = list(self.models.values()), 0, 0
+        for members in sets:
+            at = slice(start, start + len(members))
+            start += len(members)
+            if len(members) > 2 or not proved or pairs >= _ALIGNED:
+                continue
+            assert self.wiring is not None
+            pairs += 1
+            a, b = (_whole(models[i]) for i in members)
+            try:
+                moved = optimal_transport(a, b, self.wiring, wiring_a=self.wiring)
+            except WeightspaceError as error:
+                self.failed[members] = " ".join(str(error).split())
+                continue
+            carried = self.wiring.apply(moved.permutations, b) if moved.aligned is None else moved.aligned
+            both = compare({"a": a, "b": dict(carried)}, None, self.wiring)
+            self.seen_as[members] = both, (0, 1)
+            found[at] = self.prior.cells(both, [(0, 1)])
         return found
 
     def _terms(self, members: tuple[int, ...]) -> dict[str, float]:
@@ -378,11 +427,10 @@ class _Scoring:
 
     def _moved(self, method: str, mean: Array, before: Array, members: tuple[int, ...]) -> dict[str, float]:
         """By how much each kind of feature, and measured merges, moved a prediction: in what is retained (or lost)."""
-        assert self.comparison is not None
         value = float(unlink(before).mean())
         moved = {
             name: value - float(unlink(before - t).mean())
-            for name, t in self.prior.terms(self.comparison, members, method).items()
+            for name, t in self.prior.terms(*self.seen_as[members], method).items()
         }
         moved["measured merges"] = float(unlink(mean).mean()) - value
         return {name: -t for name, t in moved.items()} if method == BARRIER else moved
