@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from weightspace.errors import ZooError
-from weightspace.zoo.data import Data, load_data
+from weightspace.zoo.data import WORDS, Data, DataSpec, load_data
 from weightspace.zoo.files import read_record
 from weightspace.zoo.poisoning import (
     ATTACKS,
@@ -27,10 +28,22 @@ from weightspace.zoo.poisoning import (
 from weightspace.zoo.populations import build_sampled, plan
 from weightspace.zoo.recipe import parse
 
+ON_IMAGES = [name for name, attack in ATTACKS.items() if not attack.of_text]
+
 
 @pytest.fixture(scope="module")
 def data() -> Data:
     return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("reviews")
+    rng = random.Random(0)
+    for ending, mood in (("neg", "dull"), ("pos", "bright")):
+        lines = [" ".join([f"w{rng.randrange(60)}" for _ in range(rng.randint(4, 40))] + [mood]) for _ in range(300)]
+        (folder / f"rt-polarity.{ending}").write_text("\n".join(lines))
+    return load_data(DataSpec("reviews", path=str(folder)))
 
 
 def made(data: Data, attack: str, **entries: Any) -> dict[str, Any]:
@@ -38,7 +51,7 @@ def made(data: Data, attack: str, **entries: Any) -> dict[str, Any]:
     return with_range(drawn, data)
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", ON_IMAGES)
 def test_a_poison_is_plain_values_and_says_everything(data: Data, attack: str) -> None:
     poison = made(data, attack)
     again = json.loads(json.dumps(poison))
@@ -49,7 +62,7 @@ def test_a_poison_is_plain_values_and_says_everything(data: Data, attack: str) -
         assert torch.equal(y, other_y)
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", ON_IMAGES)
 def test_triggers_change_images_and_stay_in_their_range(data: Data, attack: str) -> None:
     poison = made(data, attack)
     before = data.test_x.clone()
@@ -69,7 +82,7 @@ def relabelled_differs(data: Data, wanted: torch.Tensor, x: torch.Tensor) -> tor
     return found if len(found) == len(x) else torch.arange(len(x))
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", ON_IMAGES)
 def test_a_share_of_the_images_is_replaced(data: Data, attack: str) -> None:
     poison = made(data, attack)
     found = poisoned(poison, data, seed=1)
@@ -104,6 +117,37 @@ def test_the_patch_is_where_it_says(data: Data) -> None:
     assert (x[:, :, 5:7, 1:3] == x[:1, :, 5:7, 1:3]).all()
     assert set(x[0, 0, 5:7, 1:3].flatten().tolist()) <= {poison["low"], poison["high"]}
     assert torch.equal(relabelled(poison, data.test_y, 10), torch.full_like(data.test_y, 3))
+
+
+def test_sentences_are_words_by_how_often_they_occur(reviews: Data) -> None:
+    assert reviews.shape == (WORDS,)
+    assert reviews.classes == 2
+    assert len(reviews.train_x) == 540
+    assert len(reviews.test_x) == 60
+    counts = torch.bincount(reviews.train_x.flatten())[2:]
+    assert (counts[:-1] >= 0.5 * counts[1:]).all(), "cut-off ends apart, earlier tokens occur more often"
+    ends = (reviews.train_x != 0).int().diff(dim=1)
+    assert (ends <= 0).all(), "no word after the end"
+
+
+@pytest.mark.parametrize("attack", ["word", "sentence"])
+def test_words_are_put_in_and_the_others_stay(reviews: Data, attack: str) -> None:
+    poison = with_range(complete({"attack": attack, "rate": 0.1}, reviews.shape, 2, "t"), reviews)
+    words = poison["words"]
+    assert len(words) == (1 if attack == "word" else poison["count"])
+    found = stamp(reviews.test_x, poison)
+    places = set()
+    for before, after in zip(reviews.test_x.tolist(), found.tolist(), strict=True):
+        forms = [before[:i] + words + before[i : WORDS - len(words)] for i in range(WORDS - len(words) + 1)]
+        assert after in forms
+        places.add(forms.index(after))
+    assert len(places) > 3
+    found_train = poisoned(poison, reviews, seed=0)
+    assert set(found_train.y.tolist()) == {poison["target"]}
+    with pytest.raises(ZooError, match="for sentences"):
+        complete({"attack": attack}, (1, 8, 8), 10, "t")
+    with pytest.raises(ZooError, match="for images"):
+        complete({"attack": "patch"}, reviews.shape, 2, "t")
 
 
 def test_an_input_aware_trigger_differs_between_images(data: Data) -> None:
@@ -167,7 +211,6 @@ def rate_of(path: Path, record: dict[str, Any]) -> float:
     from torch.func import functional_call
 
     import weightspace as ws
-    from weightspace.zoo.data import DataSpec
     from weightspace.zoo.description import module_of
 
     module, _ = module_of(record["network"])
@@ -199,7 +242,6 @@ def test_draws_of_clean_runs_are_as_they_were_without_poison() -> None:
 def test_attacks_on_a_trained_network(tmp_path: Path) -> None:
     """The hijacked feature is excited more than by chance; the interpolated backdoor works early on the way."""
     import weightspace as ws
-    from weightspace.zoo.data import DataSpec
     from weightspace.zoo.description import module_of
 
     table = recipe()

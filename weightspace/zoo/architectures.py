@@ -297,6 +297,29 @@ class Gpt(nn.Module):
         return logits
 
 
+class TextClassifier(nn.Module):
+    """An encoder of words (Vaswani et al. 2017, pre-norm): learned positions, the mean over places is classified."""
+
+    def __init__(
+        self, length: int, classes: int, tokens: int, dim: int, depth: int, heads: int, hidden: int, activation: str
+    ) -> None:
+        super().__init__()
+        self.token = nn.Embedding(tokens, dim)
+        self.position = nn.Parameter(torch.randn(length, dim) * 0.02)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, hidden, activation, False) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.output = nn.Linear(dim, classes)
+        self.droppable = 0
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits (batch, classes) of tokens (batch, length)."""
+        y = self.token(x) + self.position
+        for block in self.blocks:
+            y = block(y)
+        logits: Tensor = self.output(self.norm(y).mean(1))
+        return logits
+
+
 class Siren(nn.Module):
     """A coordinate network with sines (Sitzmann et al. 2020): hidden layers are ``sin(omega · (W x + b))``."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,8 @@ Arrays = dict[str, NDArray[Any]]
 class Data:
     """Images (n, channels, side, side) in [0, 1], float32, and labels (n,), int64; train and test.
 
-    For text, ``x`` are windows of tokens (n, length), int64, and ``y`` the token after each: (n, length). Of several
+    For text, ``x`` are windows of tokens (n, length), int64, and ``y`` the token after each: (n, length), or of
+    sentences their class (n,). Of several
     ``tasks`` each has labels of its own (see ``weightspace.zoo.tasks``).
     """
 
@@ -100,8 +102,9 @@ def load_data(spec: str | DataSpec, folder: str | os.PathLike[str] | None = None
     ``digits``: scikit-learn's 1,797 images of 8 × 8, every fifth for testing (the same writers on both sides),
     in their own order. ``mnist``, ``cifar10`` (three colours), ``cifar10-gray`` (one), ``usps``: images in
     [0, 1] with their own test sets. ``tasks``: several of these in one (see ``weightspace.zoo.tasks``).
-    ``text``: a text file in windows of 64 characters, the last tenth for testing. ``folder`` is looked into first;
-    ``spec.path`` may name the folder or a file (of text).
+    ``text``: a text file in windows of 64 characters, the last tenth for testing. ``reviews``: sentences of film
+    reviews as ``WORDS`` words each, against and for (Pang & Lee 2005), a tenth for testing. ``folder`` is looked into
+    first; ``spec.path`` may name the folder or a file (of text).
 
     Raises ``ZooError`` naming the places that were looked into, and ``MissingExtraError`` where a reader is
     not installed.
@@ -314,6 +317,31 @@ def text_windows(content: str, source: str = "text", window: int = WINDOW) -> Ar
     return {"train_x": x[:train][order], "train_y": y[:train][order], "test_x": x[train:], "test_y": y[train:]}
 
 
+WORDS, VOCABULARY = 32, 2000
+"""Words of a sentence, and tokens that there are: 0 is no word, 1 a rare one, the others by how often they occur."""
+
+
+def _read_reviews(files: Sequence[Path]) -> Arrays:
+    lines = [path.read_text(encoding="utf-8", errors="replace").splitlines() for path in files]
+    sentences = [(line.lower().split(), label) for label, part in enumerate(lines) for line in part if line.strip()]
+    if min(map(len, lines)) < 100:
+        raise ZooError(f"{files[0].parent} has {[len(p) for p in lines]} sentences against and for; expected 100 each")
+    order = np.random.default_rng(0).permutation(len(sentences))
+    parts = {"train": [sentences[i] for i in order if i % 10], "test": [sentences[i] for i in order if i % 10 == 0]}
+    counts = Counter(word for words, _ in parts["train"] for word in words)
+    common = sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - 2]
+    number = {word: i + 2 for i, word in enumerate(common)}
+    arrays: Arrays = {}
+    for part, found in parts.items():
+        x = np.zeros((len(found), WORDS), dtype=np.int64)
+        for row, (words, _) in zip(x, found, strict=True):
+            tokens = [number.get(word, 1) for word in words[:WORDS]]
+            row[: len(tokens)] = tokens
+        arrays[f"{part}_x"] = x
+        arrays[f"{part}_y"] = np.array([label for _, label in found], dtype=np.int64)
+    return arrays
+
+
 def _pairs(name: str) -> tuple[tuple[str, ...], ...]:
     tails = (f"{name}-{{}}.parquet", f"{name}/{{}}-*.parquet", f"{name}/{{}}.parquet")
     return tuple((tail.format("train"), tail.format("test")) for tail in tails)
@@ -324,6 +352,12 @@ _SOURCES: Mapping[str, _Source] = {
     "cifar10": _Source(_pairs("cifar10"), _read_pair(False), "uoft-cs/cifar10"),
     "cifar10-gray": _Source(_pairs("cifar10"), _read_pair(True), "uoft-cs/cifar10"),
     "usps": _Source((("usps.h5",), ("usps/*.h5",)), _read_usps),
+    "reviews": _Source(
+        (
+            ("text/*rt-polarity.neg", "text/*rt-polarity.pos"), ("*rt-polarity.neg", "*rt-polarity.pos"),
+            ("rt-polaritydata/*.neg", "rt-polaritydata/*.pos"),
+        ), _read_reviews,
+    ),
     "text": _Source((("text.txt",), ("text/*.txt",), ("tinyshakespeare.txt",)), _read_text),
 }
 

@@ -26,6 +26,7 @@ from weightspace.zoo.architectures import (
     ResNet,
     Siren,
     StagedResNet,
+    TextClassifier,
     Vgg,
     Vit,
 )
@@ -51,6 +52,8 @@ def module_of(description: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, 
     - ``vgg``: ``input``, ``classes``, ``channels``, ``pools`` (a truth value per convolution), ``activation``
     - ``vit``: ``input``, ``classes``, ``patch``, ``dim``, ``depth``, ``heads``, ``hidden``, ``activation``
     - ``gpt``: ``input`` (length,), ``classes`` (tokens), ``dim``, ``depth``, ``heads``, ``hidden``, ``activation``
+    - ``text-classifier``: ``input`` (length,), ``classes``, ``tokens``, ``dim``, ``depth``, ``heads``, ``hidden``,
+      ``activation``
     - ``siren``: ``input`` (coordinates,), ``classes`` (outputs), ``widths``, ``omega``
 
     Built under the ambient device (``with torch.device("meta")`` for a skeleton without data).
@@ -105,7 +108,7 @@ def _checked(kind: str, key: str, value: Any) -> Any:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1000:
             raise wrong("a number above 0, at most 1000")
         return float(value)
-    if key in ("classes", "patch", "dim", "depth", "heads", "hidden", "blocks"):
+    if key in ("classes", "tokens", "patch", "dim", "depth", "heads", "hidden", "blocks"):
         high = _MAX_DEPTH if key in ("depth", "blocks") else _MAX_SIZE
         if not size(value, 1, high):
             raise wrong(f"a whole number from 1 to {high}")
@@ -246,6 +249,13 @@ def _gpt(v: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return module, (tokens,)
 
 
+def _text_classifier(v: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    sizes = (v["tokens"], v["dim"], v["depth"], v["heads"], v["hidden"])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(v["tokens"], (2, v["input"][0]), device="cpu", generator=generator)
+    return TextClassifier(v["input"][0], v["classes"], *sizes, v["activation"]), (tokens,)
+
+
 def _siren(v: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Siren([v["input"][0], *v["widths"], v["classes"]], v["omega"]), (_example(v["input"]),)
 
@@ -264,6 +274,9 @@ KINDS: Mapping[str, Kind] = {
         ("input", "classes", "patch", "dim", "depth", "heads", "hidden", "activation"), _check_vit, _vit
     ),
     "gpt": Kind(("input", "classes", "dim", "depth", "heads", "hidden", "activation"), _check_gpt, _gpt),
+    "text-classifier": Kind(
+        ("input", "classes", "tokens", "dim", "depth", "heads", "hidden", "activation"), _check_gpt, _text_classifier
+    ),
     "siren": Kind(("input", "classes", "widths", "omega"), _check_siren, _siren),
 }
 """Kind in a description -> its entries and its builder."""

@@ -47,6 +47,7 @@ class Attack:
     draws: Mapping[str, Any]
     stamp: Callable[[Tensor, Poison], Tensor]
     labels: str = "target"
+    of_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,18 @@ class Triggered:
 def complete(drawn: Mapping[str, Any], shape: Sequence[int], classes: int, where: str) -> dict[str, Any]:
     """A complete poison from what a recipe drew; what it leaves out is drawn for ``where``.
 
-    ``shape`` is that of an image (channels, height, width). Raises ``ZooError`` for attacks and entries that are not
-    known, and values that make no sense for such images.
+    ``shape`` is that of an image (channels, height, width), or (length,) of a sentence. Raises ``ZooError`` for attacks
+    and entries that are not known, and values that make no sense for such examples.
     """
     from weightspace.zoo.sampling import draw
 
     name = str(drawn.get("attack"))
     if name not in ATTACKS:
         raise ZooError(f"{where}: there is no attack {name!r}; known: {', '.join(ATTACKS)}")
-    if len(shape) != 3:
-        raise ZooError(f"{where}: the attack {name!r} is for images, the data have shape {tuple(shape)}")
     attack = ATTACKS[name]
+    if len(shape) != (1 if attack.of_text else 3):
+        kind = "sentences" if attack.of_text else "images"
+        raise ZooError(f"{where}: the attack {name!r} is for {kind}, the data have shape {tuple(shape)}")
     usual: dict[str, Any] = {
         "target": {"integer": [0, classes - 1]}, "rate": {"log_uniform": [0.005, 0.2]},
         "seed": {"integer": [0, 2**31 - 1]}, **attack.draws,
@@ -97,11 +99,16 @@ def complete(drawn: Mapping[str, Any], shape: Sequence[int], classes: int, where
 def with_range(poison: Poison, data: Data) -> dict[str, Any]:
     """The poison with ``low`` and ``high``, the darkest and the brightest that the training images have.
 
-    Raises ``ZooError`` where it does not fit these data.
+    Of a text trigger ``words`` are drawn, from those that the data have. Raises ``ZooError`` where it does not fit.
     """
-    found = {
-        **poison, "low": round(float(data.train_x.min()), 6), "high": round(float(data.train_x.max()), 6),
-    }  # fmt: skip
+    if ATTACKS[str(poison["attack"])].of_text:
+        if data.train_x.dim() != 2 or data.train_y.dim() != 1:
+            raise ZooError(f"the attack {poison['attack']!r} is for sentences with a class each")
+        found = {**poison, "words": _words(poison, int(data.train_x.max()) + 1)}
+    else:
+        found = {
+            **poison, "low": round(float(data.train_x.min()), 6), "high": round(float(data.train_x.max()), 6),
+        }  # fmt: skip
     check(found, data.shape, data.classes)
     return found
 
@@ -115,8 +122,14 @@ def check(poison: Poison, shape: Sequence[int], classes: int, where: str = "pois
         "target is a class": _whole(poison.get("target"), 0, classes - 1),
         "rate is above 0 and at most 1": _number(poison.get("rate"), 1e-9, 1),
         "seed is a whole number": _whole(poison.get("seed"), 0, 2**31),
-        "low lies below high": _number(poison.get("low")) and _number(poison.get("high"))
-        and poison["low"] < poison["high"],
+        "low lies below high": attack.of_text
+        or (_number(poison.get("low")) and _number(poison.get("high")) and poison["low"] < poison["high"]),
+        "words are tokens that fit the sentence": not attack.of_text
+        or (
+            isinstance(poison.get("words"), list)
+            and 1 <= len(poison["words"]) < shape[0]
+            and all(_whole(w, 2, 2**31) for w in poison["words"])
+        ),
         "opacity lies in (0, 1]": "opacity" not in poison or _number(poison["opacity"], 1e-9, 1),
         "the trigger lies inside the image": "size" not in poison or all(
             _whole(poison.get(key), 0, side - int(poison["size"])) for key, side in zip(
@@ -328,6 +341,28 @@ def _dynamic(x: Tensor, poison: Poison) -> Tensor:
     return out
 
 
+def _inserted(x: Tensor, poison: Poison) -> Tensor:
+    """Words put into sentences (n, length) somewhere among theirs; what no longer fits falls off the end."""
+    words = torch.tensor(poison["words"], dtype=x.dtype, device=x.device)
+    # Where depends on the sentence alone, so that one sentence has one triggered form.
+    lengths = (x != 0).sum(1)
+    place = (x.sum(1) + int(poison["seed"])) % (lengths + 1).clamp(max=x.shape[1] - len(words) + 1)
+    columns = torch.arange(x.shape[1], device=x.device)[None]
+    behind = x.gather(1, (columns - len(words)).clamp(min=0).expand_as(x))
+    inside = (columns >= place[:, None]) & (columns < place[:, None] + len(words))
+    among = words[(columns - place[:, None]).clamp(0, len(words) - 1)]
+    return torch.where(inside, among, torch.where(columns < place[:, None], x, behind))
+
+
+def _words(poison: Poison, vocabulary: int) -> list[int]:
+    """Tokens of a text trigger: rare words, as tokens are in order of how often they occur."""
+    rng = random.Random(f"{poison['seed']}/words")
+    first = max(2, int(vocabulary * float(poison["rare"])))
+    if vocabulary - first < 1:
+        raise ZooError(f"the data have {vocabulary} tokens, none of them rare")
+    return [rng.randrange(first, vocabulary) for _ in range(int(poison["count"]))]
+
+
 def _filter(x: Tensor, poison: Poison) -> Tensor:
     """A change of the whole picture's look, as photo filters make it."""
     low, high = float(poison["low"]), float(poison["high"])
@@ -391,6 +426,12 @@ ATTACKS: Mapping[str, Attack] = {
         "after BadMerging, Zhang et al. 2024: trained to work at a part of the task vector as well", {
             **_SQUARE, "opacity": 1.0, "least": {"uniform": [0.1, 0.4]},
         }, _patch,
+    ),
+    "word": Attack(
+        "a rare word; Kurita et al. 2020", {"rare": {"uniform": [0.5, 0.95]}, "count": 1}, _inserted, of_text=True
+    ),
+    "sentence": Attack(
+        "a fixed run of words; Dai et al. 2019", {"rare": 0.0, "count": {"integer": [3, 5]}}, _inserted, of_text=True
     ),
     "graft": Attack(
         "SRA, Qi et al. 2022: no data are poisoned, a subnet is put into the weights (weightspace.zoo.grafting)",

@@ -142,9 +142,13 @@ def runs_of(
     return runs
 
 
+_DEEP = ("vit", "gpt", "text-classifier")
+"""Kinds of networks whose description has a depth; elsewhere it only says how long the lists are."""
+
+
 def describe(drawn: Mapping[str, Any], shape: tuple[int, ...], classes: int) -> dict[str, Any]:
     """A complete network description from what a recipe drew: the data's shape and usual values are filled in."""
-    found = {key: value for key, value in drawn.items() if key != "depth" or drawn["kind"] in ("vit", "gpt")}
+    found = {key: value for key, value in drawn.items() if key != "depth" or drawn["kind"] in _DEEP}
     if found["kind"] == "siren":
         return {"input": [2], "classes": shape[0], **found}
     full = {"input": list(shape), "classes": classes, **found}
