@@ -18,6 +18,7 @@ SHIPPED = [path.stem for path in sorted(data_dir("zoo").glob("*.toml")) if load(
 FACTS = {
     "digits": ((1, 8, 8), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
     "cifar10-gray": ((1, 32, 32), 10), "usps": ((1, 16, 16), 10), "text": ((64,), 65),
+    "reviews": ((32,), 2),
 }  # fmt: skip
 PROMISED = ("small-cnn-cifar10", "small-cnn-mnist", "wild-park", "widths", "inr", "mixed", "families", "merging")
 
@@ -34,8 +35,9 @@ def _runs(name: str, full: bool = False) -> list[Run]:
     plans: dict[str, list[Run]] = {}
     for population in recipe.sampled:
         plans[population.name] = runs_of(
-            recipe, population, _facts(population.data), plans.get(population.parent, ())
-        )
+            recipe, population, _facts(population.data), plans.get(population.parent, ()),
+            plans.get(population.like, ()),
+        )  # fmt: skip
     return [run for runs in plans.values() for run in runs]
 
 
