@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,22 @@ def test_outside_its_range_measured_merges_still_tell_of_others(models: Mapping[
     one = {m.models: m.predictions["ties"] for m in score(models, known=told[:1], methods=["ties"]).ranked(2)}
     wide, narrow = (np.mean([p[k].high - p[k].low for k in rest]) for p in (one, found))
     assert narrow < wide
+
+
+def test_strangers_are_said_to_need_alignment(models: Mapping[str, Any]) -> None:
+    report = score({"m1": models["m1"], "other": small.family(1)[1]["m1"]}, checks=True)
+    assert report.strangers == ("other",)
+    assert report.verdict.startswith("can be merged once aligned, for other shares no ancestor with m1; ")
+
+
+def test_a_file_of_several_models_is_taken_as_a_folder_is(models: Mapping[str, Any], tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "models.zip", "w") as archive:
+        for name in ("m1", "m2"):
+            save_file(models[name], tmp_path / f"{name}.safetensors")
+            archive.write(tmp_path / f"{name}.safetensors", f"{name}.safetensors")
+    report = score(tmp_path / "models.zip")
+    assert report.models == ("m1.safetensors", "m2.safetensors")
+    assert report.merges
 
 
 def test_models_without_a_base_have_a_prior_of_their_own() -> None:

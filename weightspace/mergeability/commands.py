@@ -52,7 +52,7 @@ def run(
     for file in known:
         measured += read_measurements(file)
     report = score(
-        models[0] if folder else list(models), base, tuple(methods) or None, measured or None,
+        models[0] if len(models) == 1 else list(models), base, tuple(methods) or None, measured or None,
         None if inputs is None else _inputs(inputs), checks=checks, prior=prior, progress=progress,
     )  # fmt: skip
     if undone is not None:
@@ -174,7 +174,8 @@ def closing(report: MergeReport, models: Sequence[str], base: str | None) -> lis
     """What a user can do next, as commands."""
     reasons: dict[str, list[str]] = {}
     for name, why in [*report.left.items(), *report.unreadable.items()]:
-        reasons.setdefault(why, []).append(name)
+        if not any(f.found == why for f in report.stops):
+            reasons.setdefault(why, []).append(name)
     lines = [
         f"left out: {who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''} ({why})"
         for why, who in sorted(reasons.items(), key=lambda kv: -len(kv[1]))[:8]
@@ -199,7 +200,7 @@ def closing(report: MergeReport, models: Sequence[str], base: str | None) -> lis
         who, method = suggestion.models, suggestion.method
     elif top is not None:
         # Without a prediction a first measurement is what helps most.
-        who, method = top.models, top.best or "linear"
+        who, method = top.models, top.best or ("ot-fusion" if report.strangers else "linear")
     else:
         return lines
     if any(m.method == method and set(m.models) == set(who) for m in report.known):
@@ -313,7 +314,9 @@ def _file(name: str, models: Sequence[str]) -> str:
     for given in models:
         if Path(given).name == name or given.endswith(name):
             return given
-    return str(Path(models[0]) / name) if len(models) == 1 else name
+    if len(models) > 1:
+        return name
+    return str(Path(models[0]) / name) if Path(models[0]).is_dir() else f"{models[0]}!{name}"
 
 
 __all__ = ["FINDINGS", "Table", "closing", "findings", "meaning", "record", "run", "tables", "write_undone"]

@@ -159,6 +159,12 @@ class MergeReport:
         return self.preflight.of("stop")
 
     @property
+    def strangers(self) -> tuple[str, ...]:
+        """Models that share no ancestor with the base (or the first model): averages of them as they are fail."""
+        found = self.preflight.of("warning", "ancestry")
+        return tuple(dict.fromkeys(n for f in found for n in f.models if n in self.models))
+
+    @property
     def top(self) -> Scored | None:
         """The merge of all models together; the most promising pair where they are more than 8, or where nothing is
         predicted of all together."""
@@ -175,7 +181,8 @@ class MergeReport:
         stops = {f.check for f in self.stops}
         hidden = [n for n in self.undone if n in self.models]
         if top is None:
-            why = self.stops[0].sentence if self.stops else self.notes[0] if self.notes else "nothing was compared"
+            left = next((f"{name}: {why}" for name, why in self.left.items()), "; ".join(self.notes[:1]))
+            why = self.stops[0].sentence if self.stops else left
             return f"cannot be merged as they are: {why}"
         begin = ""
         if stops - {"protection"}:
@@ -183,6 +190,9 @@ class MergeReport:
             begin = f"not all of them can be merged as they are (see the stops below);{others} "
         elif hidden:
             begin = f"can be merged once {', '.join(hidden)} is undone (see below): "
+        if self.strangers and not begin:
+            who = ", ".join(self.strangers)
+            begin = f"can be merged once aligned, for {who} shares no ancestor with {self.base or self.models[0]}; "
         best = top.best
         if best is None:
             shown = next(iter(top.predictions.values())).applicability.reason

@@ -79,7 +79,8 @@ def score(
     """Whether models can be merged, how well by each method, and why: from the files alone.
 
     ``models``: two or more paths, checkpoints or mappings of tensors, or a mapping of names to such; or a folder of
-    models (a ``Zoo``), of which those that fit the base are taken and whose recorded merges count as ``known``.
+    models (a ``Zoo``), of which those that fit the base are taken and whose recorded merges count as ``known``; or one
+    file that holds several.
     ``base``: what they were fine-tuned from; without it nothing is predicted unless merges were measured. ``methods``:
     those to predict (default: all that were learned). ``known``: measured merges of these models (a table with
     ``a, b, method, outcome``; see ``measurements``), which sharpen all else. ``inputs``: a few unlabelled inputs by
@@ -125,7 +126,7 @@ def score(
                 + _reasons({**left, **unreadable})
             )
     else:
-        given = named(models)  # type: ignore[arg-type]
+        given = _members(models) or named(models)  # type: ignore[arg-type]
     _count(len(given), bool(measured))
     origin_name = base if base is not None and origin is not None and origin.path is not None else origin
     with bar("looking", 2 * len(given) if checks else 0, progress) as step:
@@ -157,6 +158,16 @@ def _population(models: Any) -> Path | None:
     if isinstance(models, str | os.PathLike) and is_population(Path(models)):
         return Path(models)
     return None
+
+
+def _members(models: Any) -> dict[str, Model]:
+    """The models in one file that holds several; none otherwise."""
+    from weightspace.checkpoint import list_models
+
+    if not isinstance(models, str | os.PathLike) or not Path(models).is_file():
+        return {}
+    found = list_models(models)
+    return {m.rpartition("!")[2]: opened(m) for m in found} if len(found) > 1 else {}
 
 
 def _count(count: int, measured: bool) -> None:
@@ -228,8 +239,7 @@ class _Scoring:
 
     def report(self) -> MergeReport:
         if len(self.models) < 2:
-            what = "fewer than two models can be compared"
-            return self._empty(f"{what} ({_reasons(self.left)})" if self.left else what)
+            return self._empty("fewer than two models can be compared")
         if self.wiring is None:
             self.wiring, why = _wiring(self.flight.given_wiring, self.flight.reference[1])
         else:
