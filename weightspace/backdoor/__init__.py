@@ -1,0 +1,1 @@
+"""Backdoors: found, located and removed from the weights."""
