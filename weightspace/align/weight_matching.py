@@ -37,7 +37,7 @@ def weight_matching(
     By default networks get the better of ``identity`` and ``anchored``, small ones (such as MLPs on MNIST) besides it
     ``frank-wolfe`` and 25 kicks. ``restarts=50, starts=(), kicks=0`` is the paper's algorithm with restarts.
     ``sweeps`` bounds each ascent; so does ``tolerance``, the least gain of a sweep as a share of ``|a| |b|`` (default:
-    0, and 1e-4 for networks of tens of millions of weights). ``weighting``: ``plain`` or ``rms``, see
+    0, and 2e-4 for networks of tens of millions of weights). ``weighting``: ``plain`` or ``rms``, see
     ``weightspace.wiring.matching.tensor_weights``.
     """
     fixed, moving = float32(a), float32(b)
@@ -45,7 +45,7 @@ def weight_matching(
     generator = torch.Generator().manual_seed(seed)
     first = Matching(wiring, fixed, moving, weights)
     small = first.work <= _SMALL
-    least = (1e-4 if first.work > _LARGE else 0.0) if tolerance is None else tolerance
+    least = (2e-4 if first.work > _LARGE else 0.0) if tolerance is None else tolerance
     number = (25 if small else 0) if kicks is None else kicks
     wanted = list(starts) if starts is not None else ["anchored", "frank-wolfe"] if small else ["anchored"]
     unknown = [s for s in wanted if s not in STARTS]

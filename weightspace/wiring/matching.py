@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ from weightspace.wiring.wiring import Permutation, Wiring, _act
 _KEEP = 3 << 30
 # Steps that gain less than this share of |a| |b| are rounding.
 _LEAST = 1e-7
+_PIECE = 1 << 13
+# Places with no more numbers than this for each element (vectors) are taken together.
+_THIN = 8
 # Columns that moved are mended while they are no more than this share of all.
 _FEW = 0.45
 
@@ -73,12 +78,12 @@ def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor], weights: Mapping[str
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """``<a, b>`` of float32 tensors; pieces of 16,384 products are summed in float32, the pieces in float64."""
-    x, y = a.reshape(-1), b.reshape(-1)
-    step = 1 << 14
-    whole = len(x) // step * step
-    rows, columns = x[:whole].view(-1, 1, step), y[:whole].view(-1, step, 1)
-    return float(torch.bmm(rows, columns).double().sum()) + float(torch.dot(x[whole:], y[whole:]))
+    """``<a, b>`` of float32 tensors; pieces of 8,192 products are summed in float32, the pieces in float64."""
+    # Neither torch's batched products of vectors nor its threads pay for sums this short.
+    x, y = (t.detach().reshape(-1).cpu().numpy() for t in (a, b))
+    whole = len(x) // _PIECE * _PIECE
+    pieces = np.einsum("ij,ij->i", x[:whole].reshape(-1, _PIECE), y[:whole].reshape(-1, _PIECE))
+    return float(pieces.sum(dtype=np.float64)) + float(np.dot(x[whole:], y[whole:]))
 
 
 def unit_of(a: Mapping[str, Tensor], b: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:
@@ -144,6 +149,13 @@ class Matching:
         self._now: dict[str, tuple[int, Tensor]] = {}
         self._views: dict[int, Tensor] = {}
         self._costs: dict[int, _Cost] = {}
+        # Each vector alone would fill a matrix of all pairs of elements; together they are one thin product.
+        self._thin = {
+            id(p)
+            for f in self.factors
+            for p in self.places[f]
+            if fixed[p.tensor].numel() <= _THIN * wiring.factors[f].size * prod(self._over(f))
+        }
         size = sum(fixed[p.tensor].numel() * 4 for f in self.factors for p in self.places[f])
         self._keep = 2 * size <= _KEEP
         self._sizes = {n: w * _norm(fixed[n]) * _norm(moving[n]) for n, w in self.weights.items()}
@@ -169,13 +181,25 @@ class Matching:
         """
         chosen = None if tensors is None else set(tensors)
         total: Tensor | None = None
+        thin: list[tuple[Tensor, Tensor]] = []
         for place in self.places[factor]:
             if chosen is not None and place.tensor not in chosen:
                 continue
-            value, weight = self._cost(place), self.weights[place.tensor]
+            weight = self.weights[place.tensor]
+            if id(place) in self._thin:
+                thin.append((weight * self._fixed_view(place), place.view(self.now(place.tensor))))
+                continue
+            value = self._cost(place)
             total = value * weight if total is None else total.add_(value, alpha=weight)
+        if thin:
+            one, two = (torch.cat(parts, -1) for parts in zip(*thin, strict=True))
+            value = one @ two.transpose(-1, -2)
+            total = value if total is None else total.add_(value)
         assert total is not None
         return total
+
+    def _over(self, factor: str) -> list[int]:
+        return [self.wiring.factors[o].size for o in self.wiring.factors[factor].over]
 
     def _fixed_view(self, place: Place) -> Tensor:
         found = self._views.get(id(place))
