@@ -3,18 +3,21 @@
 With task vectors τ = model − base, for every weight matrix of a network, seen as (out, in · positions):
 
 - of a model: ‖τ‖/‖base‖, the effective rank exp(H(σ²/Σσ²)) and stable rank Σσ²/σ₁² of τ and its spectral gap
-  1 − σ₂/σ₁;
+  1 − σ₂/σ₁; how evenly rows and columns change (entropy of their shares), the cosine of τ and base, the same by row,
+  and how much larger the base is on rows that change;
 - of a pair: cosine (over the whole network this is the task-vector correlation of Model Kinship, Hu et al. 2024), share
   of conflicting signs among what is large in both (Yadav et al. 2023), overlap of the left and of the right singular
   subspaces, singular-vector interference ‖(UᵀU − 1) Σ (VᵀV − 1)‖₁ (Gargiulo et al. 2025), overlap of the energy by
   rows and by columns, distance, and how far its axes are from a better matching (the gain of one assignment per axis
-  over leaving it as it is; Ainsworth et al. 2023), where a wiring is given.
+  over leaving it as it is; Ainsworth et al. 2023), where a wiring is given;
+- of a pair, seen from the first: ⟨τ_A, τ_B⟩/‖τ_A‖² (what B adds along A's change), the energy of τ_B within the leading
+  singular subspaces of τ_A, that on the rows that A changes, and the cosine on those rows.
 
 Every number is kept by block for explanation; a network of any depth becomes a vector of fixed length by ``vector``.
 All are inner products, spectra or sums over whole axes, so a permutation of the axes of base, A and B together changes
-nothing, and A and B are interchangeable. Names, dtypes, counters and the order of tensors in a file do not count: only
-floating-point tensors with more than one element do, blocks stand in the order in which the network uses them (by
-their share of the change where no wiring says), and everything is computed in float32 or float64.
+nothing, and the order of models does not count. Names, dtypes, counters and the order of tensors in a file do not
+count: only floating-point tensors with more than one element do, blocks stand in the order in which the network uses
+them (by their share of the change where no wiring says), and everything is computed in float32 or float64.
 """
 
 from __future__ import annotations
@@ -37,13 +40,16 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-MODEL_TERMS = ("size", "effective rank", "stable rank", "spectral gap")
+MODEL_TERMS = (
+    "size", "effective rank", "stable rank", "spectral gap", "rows changed", "columns changed", "base cosine",
+    "base cosine by row", "base on changed rows",
+)  # fmt: skip
 """Of a model, for each block."""
 PAIR_TERMS = (
     "cosine", "sign conflict", "left subspace", "right subspace", "singular interference", "row overlap",
-    "column overlap", "distance", "misalignment",
+    "column overlap", "distance", "misalignment", "projection", "disturbance", "disturbance of rows", "row cosine",
 )  # fmt: skip
-"""Of a pair, for each block."""
+"""Of a pair, for each block; those from "projection" on as the first of the two sees it, the others symmetric."""
 SUMMARIES = ("mean", "largest", "smallest", "first", "inner", "last")
 """What becomes of the blocks of a network in a vector of fixed length; ``mean`` weighs them by their change."""
 
@@ -60,7 +66,7 @@ class Comparison:
     """Features of ``n`` models on one wiring, against one base.
 
     ``blocks``: names of tensors, for explanation alone; ``own (n, blocks, MODEL_TERMS)``; ``pairs (n, n, blocks,
-    PAIR_TERMS)``, symmetric in the first two; ``changes (n, blocks)``: squared norms of task vectors; ``whole (n, n)``:
+    PAIR_TERMS)``; ``changes (n, blocks)``: squared norms of task vectors; ``whole (n, n)``:
     cosines of task vectors as a whole; ``scale (n,)``: log ‖τ‖/‖base‖ of the whole. ``base`` says whether there was
     one: without it τ is the whole model.
     """
@@ -202,7 +208,7 @@ def compare(
         size = float(np.diag(gram).mean() if start is None else start.double().square().sum())
         origin += size
         if delta.dim() > 2 and delta.shape[1] > 1:
-            rows.append((name, *_block(delta, gram, size)))
+            rows.append((name, *_block(delta, gram, size, start)))
     if not rows:
         raise WeightspaceError("the models have no weight matrix to compare")
     if wiring is None or not wiring.roles:
@@ -221,7 +227,7 @@ def compare(
 # -------------------------------------------------------------------- one block
 
 
-def _block(delta: Tensor, gram: Array, size: float) -> tuple[Array, Array, Array]:
+def _block(delta: Tensor, gram: Array, size: float, base: Tensor | None) -> tuple[Array, Array, Array]:
     """Terms of models ``(n, own)`` and pairs ``(n, n, pair)``, inner products ``(n, n)``: of one tensor's changes."""
     n = len(delta)
     matrices = delta.flatten(2)
@@ -236,6 +242,7 @@ def _block(delta: Tensor, gram: Array, size: float) -> tuple[Array, Array, Array
             entropy,
             (1 / shares[:, 0].clamp_min(1e-12)).log(),
             1 - s[:, 1] / s[:, 0].clamp_min(1e-20) if s.shape[1] > 1 else torch.ones(n),
+            *_rows_and_base(matrices, base),
         ),
         dim=1,
     )
@@ -263,7 +270,51 @@ def _block(delta: Tensor, gram: Array, size: float) -> tuple[Array, Array, Array
         ),
         axis=2,
     )
-    return own.double().numpy(), (found + found.transpose(1, 0, 2)) / 2, gram
+    found = (found + found.transpose(1, 0, 2)) / 2
+    return own.double().numpy(), np.concatenate((found, _seen(matrices, left, right, gram)), axis=2), gram
+
+
+def _rows_and_base(matrices: Tensor, base: Tensor | None) -> tuple[Tensor, ...]:
+    """Of changes ``(n, out, in)``: how evenly rows and columns change, and how the change lies to the base; each (n,).
+
+    Without a base the last three are 0.
+    """
+    found = []
+    for dim in (2, 1):
+        energy = matrices.square().sum(dim)
+        share = energy / energy.sum(1, keepdim=True).clamp_min(1e-30)
+        even = -(share * share.clamp_min(1e-30).log()).sum(1) / max(float(np.log(share.shape[1])), 1e-6)
+        found.append(even)
+    if base is None:
+        return (*found, *torch.zeros(3, len(matrices)))
+    start = base.flatten(1)
+    energy = matrices.square().sum(2)
+    share = energy / energy.sum(1, keepdim=True).clamp_min(1e-30)
+    inner, length = (matrices * start).sum(2), start.norm(dim=1)
+    whole = inner.sum(1) / (energy.sum(1).sqrt() * start.norm()).clamp_min(1e-30)
+    by_row = (share * inner / (energy.sqrt() * length).clamp_min(1e-30)).sum(1)
+    usual = start.square().sum(1).mean().clamp_min(1e-30)
+    there = ((share * length.square()).sum(1) / usual).clamp_min(1e-6).log() / 2
+    return (*found, whole, by_row, there)
+
+
+def _seen(matrices: Tensor, left: Tensor, right: Tensor, gram: Array) -> Array:
+    """Of pairs as the first sees them: projection, disturbance, the same by rows, cosine by rows, ``(n, n, 4)``."""
+    own = np.maximum(np.diag(gram), 1e-30)
+    projection = np.clip(gram / own[:, None], -10, 10)
+    within = torch.stack([
+        (u.T @ matrices @ v).square().sum((1, 2)) for u, v in zip(left, right, strict=True)
+    ]).double().numpy()  # fmt: skip
+    energy = matrices.double().square().sum(2)
+    share = energy / energy.sum(1, keepdim=True).clamp_min(1e-30)
+    on_rows = (share @ energy.T).numpy()
+    mine = np.maximum(np.diag(on_rows), 1e-30)
+    unit = (matrices.double() / energy.sqrt().clamp_min(1e-30)[..., None]).float()
+    alike = torch.stack([(s.float()[None] * (one * unit).sum(2)).sum(1) for s, one in zip(share, unit, strict=True)])
+    return np.stack((
+        projection, np.log(within / own[:, None] + 1e-6) / 2, np.log(on_rows / mine[:, None] + 1e-6) / 2,
+        alike.double().numpy(),
+    ), axis=2)  # fmt: skip
 
 
 def _gram(delta: Tensor) -> Array:

@@ -80,10 +80,10 @@ class Forest:
         own = np.arange(len(self.left))
         steps = {"left": self.left - own, "right": self.right - own}
         far = steps["left"].max(initial=0) > 255 or steps["right"].max(initial=0) >= 1 << 16
-        if far or self.feature.max(initial=0) > 255:
+        if far or self.feature.max(initial=0) >= 1 << 16:
             raise MetanetError("a tree of this forest is too large to be kept; give it larger leaves")
         return {
-            "feature": self.feature.astype(np.uint8), "threshold": self.threshold.astype(np.float16),
+            "feature": self.feature.astype(np.uint16), "threshold": self.threshold.astype(np.float16),
             "left": steps["left"].astype(np.uint8), "right": steps["right"].astype(np.uint16),
             "value": self.value.astype(np.float16), "roots": self.roots.astype(np.int32),
         }  # fmt: skip

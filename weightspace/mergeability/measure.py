@@ -30,7 +30,7 @@ from weightspace.mergeability.measurements import Measurement
 
 _log = logging.getLogger(__name__)
 
-METHODS = ("linear", "task-arithmetic", "ties", "tsv-m")
+METHODS = ("linear", "task-arithmetic", "ties")
 """What is measured of models with a common base where nothing else is said."""
 STRANGERS = ("linear", "ot-fusion", "pleas")
 """What is measured of models without a common base; of different widths, ``"ot-fusion"`` alone."""

@@ -40,7 +40,7 @@ GROUPS: tuple[tuple[int, ...], ...] = ((0, 7), (1, 2), (3, 8), (4, 5), (6, 9), (
 FOLDS: tuple[tuple[int, ...], ...] = ((0, 7, 10, 12), (1, 2, 4, 5), (3, 8, 11, 14), (6, 9, 13, 15))
 """Groups two by two, where training takes too long to hold out those of every merge by themselves."""
 PLAN: Mapping[str, Any] = {
-    "trees": 40, "leaf": 7, "metanet": True, "epochs": 12, "cells": 2400, "seconds": 240.0, "places": 400,
+    "trees": 40, "leaf": 4, "metanet": True, "epochs": 12, "cells": 2400, "seconds": 240.0, "places": 400,
 }  # fmt: skip
 """Sizes of the forest and its leaves; whether to try a metanet, its epochs, cells and seconds; cells that distances
 are taken to."""
@@ -440,16 +440,15 @@ def card(
         for method in prior.methods
     )
     size = sum((folder / name).stat().st_size for name in (MODEL, STRANGE))
-    tried = (
-        f"An operator metanet (width {CONFIG['width']}, {CONFIG['rounds']} rounds; {plan['epochs']} epochs over "
-        f"{plan['cells']} cells) over one wiring, with channels w_base, τ_A, τ_B and their products, was tried beside"
-        " it"
-    )
-    if prior.metanet is not None:
-        count = sum(p.numel() for p in prior.metanet.parameters())
-        tried += f" and is part of it: {count:,} parameters, weight {prior.share:.2f}."
-    else:
-        tried += "; it did not lower the error on held-out tasks and is not part of the model (figures below)."
+    tried = ""
+    if prior.metanet is not None or any(str(r["estimator"]).startswith("metanet") for r in table):
+        what = "is part of it, with" if prior.metanet is not None else "is not part of it, since it did not help:"
+        count = sum(p.numel() for p in OperatorMetanet(len(prior.methods), **CONFIG).parameters())
+        tried = f"""
+An operator metanet ({count:,} parameters, width {CONFIG["width"]}, {CONFIG["rounds"]} rounds; {plan["epochs"]} epochs
+over {plan["cells"]} cells) over one wiring, with channels w_base, τ_A, τ_B and their products, {what}
+weight {prior.share:.2f} (figures below).
+"""
     return f"""# Merge-ability model of weightspace
 
 {prior.facts.get("date", "")}. Apache-2.0, like weightspace. Made by `weightspace train merge`; {size / 1e6:.2f} MB.
@@ -457,10 +456,10 @@ def card(
 What a model retains of its accuracy when it is merged with others, predicted from the weights of the models and of the
 base they were fine-tuned from: a forest of {len(prior.forest.roots)} trees over {len(NAMES)} features
 (`weightspace/mergeability/features.py`) for every model of a merge gives the prior mean; effects of models and merges
-around it (variances below, on the link scale) are updated as merges are measured. {tried}
-
-`{STRANGE}` is the same for pairs without a common base, with the features of the first and of the second carried onto
-its neurons by optimal transport.
+around it (variances below, on the link scale) are updated as merges are measured.
+{tried}
+`{STRANGE}` is the same for pairs without a common base, with the features of the first and of the second
+carried onto its neurons by optimal transport.
 
 ## Learned from
 
