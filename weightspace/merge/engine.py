@@ -248,7 +248,7 @@ class Run:
         name, base, readers = self._readers(action)
         everyone = [*([base] if base else []), *readers]
         whole = 8 * action.numel * (len(everyone) + 2)
-        held = sum(4 * action.numel for r in everyone if not r.model.reads_parts(name))
+        held = action.numel * (method.held + 4 * sum(not r.model.reads_parts(name) for r in everyone))
         if isinstance(method, Elementwise):
             with self._room.take(held):
                 for piece in StreamOf([(name, base, readers)], self.chunk, self._stop):

@@ -82,6 +82,11 @@ class Method(ABC):
         del count
 
     @property
+    def held(self) -> int:
+        """Bytes per element of a tensor that merging it may hold beyond pieces, for methods that get pieces."""
+        return 0
+
+    @property
     def in_order(self) -> bool:
         """Whether tensors must come one after the other, by name: only where another program's draws are repeated."""
         return False

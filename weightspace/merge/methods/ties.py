@@ -52,6 +52,10 @@ class Ties(TwoPass):
         if self.equal == "sorted" and self.scope == "model":
             raise MergeError("ties: equal='sorted' is within a tensor; say scope='tensor' or equal='all'")
 
+    @property
+    def held(self) -> int:
+        return 28 if self.equal == "sorted" else 0  # magnitudes, their order, and what sorting takes
+
     def survey(self, stream: Stream, weights: Sequence[float]) -> tuple[_Cut, ...]:
         """The least magnitude that is kept of each model, and the places that fall although they have it."""
         densities = per_model(self.density, stream.count, "density")
@@ -68,7 +72,8 @@ class Ties(TwoPass):
         for i, ((least, fallen), weight) in enumerate(zip(state, weights, strict=True)):
             delta = trim(piece.model(i) - base, least)
             if len(fallen):
-                delta[fallen[(fallen >= piece.start) & (fallen < piece.stop)] - piece.start] = 0
+                first, end = torch.searchsorted(fallen, torch.tensor([piece.start, piece.stop])).tolist()
+                delta[fallen[first:end] - piece.start] = 0
             trimmed.append(delta.mul_(weight))
         return elect(trimmed, weights, self.normalize).mul_(self.scale).add_(base)
 
@@ -91,11 +96,12 @@ def _surplus(stream: Stream, index: int, least: float, density: float) -> Tensor
     if density <= 0 or density >= 1 or not stream.numel:
         return none
     room = max(1, int(density * stream.numel))
-    if sum(int((piece.delta(index).abs_() >= least).sum()) for piece in stream) == room:
-        return none
     sizes = torch.cat([wide(piece.delta(index).abs_()) for piece in stream])
-    rest = sizes.argsort(descending=True)[room:]
-    return rest[sizes[rest] == least].sort().values
+    surplus = int(torch.count_nonzero(sizes >= least)) - room
+    if not surplus:
+        return none
+    # They stand together in the order, so that looking them up is not needed.
+    return sizes.argsort(descending=True)[room : room + surplus].sort().values
 
 
 def ranked(stream: Stream, index: int, k: int) -> float:
