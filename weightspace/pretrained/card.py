@@ -52,6 +52,8 @@ calibration and test. The encoder is trained on at most {recipe.views.networks:,
 
 ## Retrieval
 
+"both" is the geometric mean of the encoder's distance and the descriptor's, which `similar` takes by default.
+
 {retrieval_table(recalls)}
 
 ## Predicted accuracy on runs that were not seen
