@@ -214,6 +214,7 @@ def test_the_command_aligns_and_takes_data(folder: Path, network: tuple[State, W
     done = CliRunner().invoke(app, [*command, "--data", str(folder / "inputs.safetensors"), "--repair", "data"])
     assert done.exit_code == 0, done.output
     assert "layers have the statistics" in " ".join(done.output.split())
+    assert ws.wiring(out).proved  # the result says what network it is, as its models do
     done = CliRunner().invoke(app, command)
     assert done.exit_code != 0
     assert "give them as data=" in str(done.exception)

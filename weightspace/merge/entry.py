@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightspace.card import RECORD_KEY, record_of
 from weightspace.checkpoint import Checkpoint
 from weightspace.errors import MergeError, WiringError
 from weightspace.merge import aligned, engine
 from weightspace.merge.method import Method, Prepared, Settings, WithData, hyper_parameters
 from weightspace.merge.methods import make
 from weightspace.merge.report import Merged, Report
-from weightspace.merge.sources import FLOATS, Model, plan, tie
+from weightspace.merge.sources import FLOATS, Model, Plan, plan, tie
 from weightspace.merge.writer import FileSink, MemorySink
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def merge(
     if target is not None:
         extra, more = _companions(origin or given_models[0], kind) if target.suffix != ".safetensors" else ({}, [])
         metadata = {"format": "pt", "merge": json.dumps(described, default=repr)}
+        metadata |= _network(origin or given_models[0], planned)
         with FileSink(target, layout, metadata=metadata, max_shard_size=_size(max_shard_size), extra=extra) as file:
             if tensors is None:
                 go(file)
@@ -264,6 +266,14 @@ def _repairable(wiring: Wiring | None, model: Model, unverified: bool) -> Wiring
         ) from error
     check_proved(found, unverified, "repaired")
     return found
+
+
+def _network(model: Model, planned: Plan) -> dict[str, str]:
+    """What a network trained here says of its architecture, for the result, which has the same."""
+    if not isinstance(model.tensors, Checkpoint) or any(a.shape != model.shapes.get(a.name) for a in planned.actions):
+        return {}
+    described = record_of(model.tensors.metadata).get("network")
+    return {RECORD_KEY: json.dumps({"network": described})} if described is not None else {}
 
 
 def _companions(model: Model, dtype: torch.dtype | None) -> tuple[dict[str, bytes | Path], list[str]]:
