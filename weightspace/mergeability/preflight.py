@@ -518,8 +518,7 @@ def _wiring(f: Flight) -> None:
         if name in f.unlike or name in f.unusable or model.path is None:
             # Tensors in memory say nothing beyond the names and shapes that were compared already.
             continue
-        graph = model.metadata.get("model_config")
-        if graph is not None and graph == f.reference[1].metadata.get("model_config"):
+        if _one_network(f.reference[1], model):
             continue
         try:
             other = find(model)
@@ -532,6 +531,16 @@ def _wiring(f: Flight) -> None:
                 "stop", "wiring", name, f"the same names and shapes as {against}, but another network: {apart}",
                 f"the wiring of {against}", "merge models of one architecture",
             )  # fmt: skip
+
+
+def _one_network(one: Checkpoint, two: Checkpoint) -> bool:
+    """Do the files describe their networks themselves, and in the same words? Their wiring is one then."""
+    told = [c.metadata.get("model_config") for c in (one, two)]
+    if told[0] is not None:
+        return bool(told[0] == told[1])
+    silent = _SILENT - {"architectures", "pruned_heads", "vocab_size"}
+    known = [{k: v for k, v in (c.config or {}).items() if k not in silent} for c in (one, two)]
+    return bool(known[0].get("model_type")) and _plain(known[0]) == _plain(known[1])
 
 
 def _apart(one: Wiring, two: Wiring) -> str:
