@@ -2,6 +2,7 @@
 
     python tests/benchmarks/protection.py                        # trains the networks first (minutes)
     python tests/benchmarks/protection.py --zoo models/protection --kinds vit gpt
+    python tests/benchmarks/protection.py --more models/merging  # children of another population as well
     python tests/benchmarks/protection.py --json
 
 Of four kinds (perceptron, convolutional network, vision transformer, GPT) four bases and twenty fine-tuned children
@@ -109,6 +110,32 @@ def ordinary(kind: str, family: list[Any], most: int, wiring: Wiring) -> Row:
     }  # fmt: skip
 
 
+def others(zoo: Path) -> list[Row]:
+    """The fine-tuned children of another population as they are, held against their bases; a row per population."""
+    groups: dict[str, list[tuple[Path, str]]] = {}
+    for path in sorted(zoo.glob("*.safetensors")):
+        record = read_record(path)
+        if record.get("parent") and record.get("final", True):
+            groups.setdefault(str(record["population"]), []).append((path, str(record["parent"])))
+    wirings: dict[str, Wiring] = {}
+    references: dict[str, protection.Reference] = {}
+    rows = []
+    for kind, members in groups.items():
+        found = []
+        for path, parent in members:
+            if parent not in references:
+                wirings[parent] = ws.wiring(zoo / parent)
+                references[parent] = protection.Reference(dict(ws.open(zoo / parent)), wirings[parent])
+            found.append(protection.examine(dict(ws.open(path)), references[parent], wirings[parent]))
+        apart = [f.before for f in found]
+        rows.append({
+            "table": "others", "population": kind, "children": len(found), "flagged": sum(f.protected for f in found),
+            "distance": f"{min(apart):.2f} to {max(apart):.2f}",
+            "seconds each": round(sum(f.seconds for f in found) / len(found), 2),
+        })  # fmt: skip
+    return rows
+
+
 def protected(kind: str, way: str, family: list[Any], most: int, wiring: Wiring, data: Data) -> Row:
     """Copies of the children, protected in one way."""
     sums: dict[str, float] = {}
@@ -172,12 +199,23 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(r[k]) for k in names) + " |" for r in rows])
 
 
+def emit(rows: list[Row], options: argparse.Namespace) -> None:
+    """Lines of JSON, as they come."""
+    for row in rows:
+        if options.json:
+            print(json.dumps(row), flush=True)
+        if options.results:
+            with options.results.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, default=Path("models/protection"), help="folder of the networks")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--children", type=int, default=20, help="of each kind, at most")
     parser.add_argument("--protected", type=int, default=20, help="children of each kind that are protected, at most")
+    parser.add_argument("--more", type=Path, help="folder of another population, whose children are held to bases")
     parser.add_argument("--json", action="store_true", help="a line of JSON for every row")
     parser.add_argument("--results", type=Path, help="append the rows to this file")
     options = parser.parse_args()
@@ -192,15 +230,14 @@ def main() -> None:
         found = [ordinary(kind, family, options.children, wiring)]
         found += [protected(kind, way, family, options.protected, wiring, data) for way in ways(wiring)]
         rows += found
-        for row in found:
-            if options.json:
-                print(json.dumps(row), flush=True)
-            if options.results:
-                with options.results.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+        emit(found, options)
+    if options.more:
+        rows += (more := others(options.more))
+        emit(more, options)
     if not options.json:
-        for name in ("ordinary", "protected"):
-            print(table([r for r in rows if r["table"] == name]), end="\n\n")
+        for name in ("ordinary", "others", "protected"):
+            if shown := [r for r in rows if r["table"] == name]:
+                print(table(shown), end="\n\n")
         print(f"{time.perf_counter() - started:.0f} s")
 
 
