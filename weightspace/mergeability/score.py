@@ -396,8 +396,10 @@ class _Scoring:
             assert observed is not None
             model = _flat(cells, expected, observed)
         else:
-            terms = [t for t in effect_terms(cells) if t.name in self.prior.variances[method]]
-            model = Outcome(tuple(terms), dict(self.prior.variances[method]), expected)
+            variances = dict(self.prior.variances[method])
+            # What a base and its tasks have in common: learned within families, so at least as a model's own effect.
+            variances.setdefault("level", variances.get("vulnerability", 0.05))
+            model = Outcome(tuple(t for t in effect_terms(cells) if t.name in variances), variances, expected)
         before, after = model.posterior(), model.posterior(observed)
         variance = np.diag(after.covariance), np.maximum(np.diag(before.covariance), 1e-12)
         done = {frozenset(m.models): m for m in seen}
