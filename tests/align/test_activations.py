@@ -129,6 +129,20 @@ def test_repair_restores_means_and_deviations_of_every_layer() -> None:
     assert torch.equal(repaired["output.weight"], merged["output.weight"])
 
 
+def test_layers_without_a_bias_get_their_deviations_back() -> None:
+    torch.manual_seed(0)
+    ends = [nn.Sequential(nn.Linear(6, 12, bias=False), nn.ReLU(), nn.Linear(12, 3, bias=False)) for _ in range(2)]
+    a, b = ({n: t.detach() for n, t in m.state_dict().items()} for m in ends)
+    x = torch.randn(200, 6)
+    wiring = ws.wiring(ends[0], x[:2])
+    merged = interpolate(a, b, 0.5)
+    repaired = repair(wiring, merged, [a, b], x)
+    one, two, now, before = ((x @ t["0.weight"].T).std(0, correction=0) for t in (a, b, repaired, merged))
+    assert torch.allclose(now, (one + two) / 2, rtol=1e-4)
+    assert not torch.allclose(before, (one + two) / 2, rtol=0.05)
+    assert torch.equal(repaired["2.weight"], merged["2.weight"])
+
+
 @pytest.mark.parametrize("name", ["cnn", "vgg", "mlp", "vit"])
 def test_one_network_needs_no_repair(name: str) -> None:
     wiring, a, x = network(name)

@@ -59,16 +59,17 @@ def repair(
     """The merged network with the statistics of its ends at every layer, measured on ``inputs``.
 
     ``ends``: the networks that were merged, already aligned; ``weights``: their shares (equal if not given). Layers are
-    gone through in the order in which they run: each that has a bias and writes hidden units is rescaled and shifted,
-    channel by channel, so that the mean and the deviation of what it writes are the weighted means of the ends'. Batch
-    norms are measured anew afterwards. Raises ``WiringError`` where the wiring has no program.
+    gone through in the order in which they run: each that writes hidden units is rescaled and shifted, channel by
+    channel, so that the mean and the deviation of what it writes are the weighted means of the ends' (the deviation
+    alone where it has no bias). Layers in front of batch norms are left to these, which are measured anew afterwards.
+    Raises ``WiringError`` where the wiring has no program.
     """
     program = program_of(wiring)
     shares = _shares(ends, weights)
     wanted = [_layer_statistics(wiring, end, inputs, batch) for end in ends]
     now = prepared(wiring, merged)
     moving = _hidden(wiring)
-    for layer in [x for x in wanted[0] if x.bias is not None and x.weight in moving]:
+    for layer in [x for x in wanted[0] if x.variance is None and x.weight in moving]:
         key = layer.key
         mean = sum(s * w[i].mean for s, w in zip(shares, wanted, strict=True) for i in _at(w, key))
         deviation = sum(s * w[i].deviation for s, w in zip(shares, wanted, strict=True) for i in _at(w, key))
@@ -79,10 +80,10 @@ def repair(
         factor = torch.where(is_now.deviation > 1e-6, deviation / is_now.deviation.clamp_min(1e-12), 1.0)
         dim = layer.dim
         shape = [-1 if d == dim else 1 for d in range(now[layer.weight].dim())]
-        assert layer.bias is not None
         now[layer.weight].mul_(factor.reshape(shape).float())
-        bias = now[layer.bias]
-        bias.copy_(((bias.double() - is_now.mean) * factor + mean).float())
+        if layer.bias is not None:
+            bias = now[layer.bias]
+            bias.copy_(((bias.double() - is_now.mean) * factor + mean).float())
     out = {n: now[n].to(merged[n].dtype) if n in now else merged[n] for n in merged}
     return reset_statistics(wiring, out, inputs, batch=batch)
 
