@@ -8,6 +8,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,25 @@ def test_outside_its_range_measured_merges_still_tell_of_others(models: Mapping[
     one = {m.models: m.predictions["ties"] for m in score(models, known=told[:1], methods=["ties"]).ranked(2)}
     wide, narrow = (np.mean([p[k].high - p[k].low for k in rest]) for p in (one, found))
     assert narrow < wide
+
+
+def test_a_wider_model_is_carried_onto_the_first(tmp_path: Path) -> None:
+    from weightspace.zoo.architectures import Perceptron
+    from weightspace.zoo.files import save_network
+
+    torch.manual_seed(3)
+    network = {"kind": "mlp", "input": [12], "classes": 5, "widths": [24, 20], "activation": "relu"}
+    save_network(small.family(0)[1]["m1"], {"network": network}, tmp_path / "a.safetensors")
+    wide = Perceptron([12, 32, 28, 5], "relu").state_dict()
+    save_network(wide, {"network": {**network, "widths": [32, 28]}}, tmp_path / "wide.safetensors")
+    files = [tmp_path / "a.safetensors", tmp_path / "wide.safetensors"]
+    prior = replace(small.strangers(), methods=("ot-fusion",), variances={"ot-fusion": {"vulnerability": 0.1}},
+                    spreads={"ot-fusion": small.strangers().spreads["linear"]})  # fmt: skip
+    report = score(files, prior=prior, wiring=None, checks=True)
+    assert report.predictions["ot-fusion"].known
+    assert report.verdict.startswith("cannot be averaged, for their widths differ, but merged by optimal transport; ")
+    assert report.stops
+    assert score(files, wiring=None).merges == ()
 
 
 def test_strangers_are_said_to_need_alignment(models: Mapping[str, Any]) -> None:

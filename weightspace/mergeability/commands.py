@@ -209,11 +209,19 @@ def closing(report: MergeReport, models: Sequence[str], base: str | None) -> lis
     given = f" --base {shlex.quote(base)}" if base else ""
     lines += [
         "to measure it: " + shlex.join(["weightspace", "merge", *files, "--method", method])
-        + f"{given} --out merged.safetensors",
+        + f"{given}{_needs(method)} --out merged.safetensors",
         "and to keep what it retained: " + shlex.join(["weightspace", "zoo", "record", *files, "--method", method])
         + " --outcome 0.93",
     ]  # fmt: skip
     return lines
+
+
+def _needs(method: str) -> str:
+    """The option that a method cannot do without."""
+    from weightspace.merge.method import WithData
+    from weightspace.merge.methods import make
+
+    return " --data INPUTS.safetensors" if isinstance(make(method), WithData) else ""
 
 
 def _methods(merge: Scored) -> Table:

@@ -585,11 +585,11 @@ _EPSILONS = ("eps", "epsilon")
 def _configuration(f: Flight) -> None:
     """Entries of the configuration that change the function, the labels, or only the run."""
     against, reference = f.reference
-    known = _settings(reference)
+    known = settings_of(reference)
     if not known:
         return
     for name, model in f.others().items():
-        given = _settings(model)
+        given = settings_of(model)
         if name in f.unusable or name in f.foreign or not given or model.format == "peft":
             continue
         differing = [k for k in sorted({*known, *given} - _SILENT) if _plain(known.get(k)) != _plain(given.get(k))]
@@ -618,7 +618,7 @@ def _configuration(f: Flight) -> None:
             )  # fmt: skip
 
 
-def _settings(model: Checkpoint) -> dict[str, Any]:
+def settings_of(model: Checkpoint) -> dict[str, Any]:
     """The configuration, with the network that a record of the zoo describes."""
     found = dict(model.config or {})
     record = model.metadata.get("weightspace")
@@ -950,5 +950,5 @@ _STEPS = {
 
 __all__ = [
     "CHECKS", "Finding", "Flight", "Model", "Preflight", "Severity", "fly", "named", "opened", "preflight",
-    "vocabulary_of",
+    "settings_of", "vocabulary_of",
 ]  # fmt: skip

@@ -185,7 +185,9 @@ class MergeReport:
             why = self.stops[0].sentence if self.stops else left
             return f"cannot be merged as they are: {why}"
         begin = ""
-        if stops - {"protection"}:
+        if self.merges and any(f.found.startswith("width: ") for f in self.stops) and not self.left:
+            begin = "cannot be averaged, for their widths differ, but merged by optimal transport; "
+        elif stops - {"protection"}:
             others = f" {', '.join(self.left)} left out:" if self.left else ""
             begin = f"not all of them can be merged as they are (see the stops below);{others} "
         elif hidden:

@@ -30,7 +30,7 @@ from weightspace.mergeability.outcome import (
     retained,
     unlink,
 )
-from weightspace.mergeability.preflight import CHECKS, Flight, Model, fly, named, opened
+from weightspace.mergeability.preflight import CHECKS, Flight, Model, fly, named, opened, settings_of
 from weightspace.mergeability.report import MergeReport, Prediction, Scored, terms_of
 from weightspace.pretrained.applicability import Applicability
 
@@ -60,6 +60,9 @@ _MATCHED = 300_000_000
 _WORK = 4_000_000_000
 """Weights that are merged and run where inputs are given: more than these, and only the first merge is."""
 _ALIGNED = 28
+"""Pairs without a common base that are aligned for one report."""
+_WIDTHS = ("ot-fusion",)
+"""Methods that merge models of different widths."""
 _HEADERS = ("adapters", "quantised", "tensors")
 """What is looked at in any case: without it nothing can be compared."""
 
@@ -203,6 +206,7 @@ class _Scoring:
         self.left, self.unreadable, self.started = left, unreadable, started
         self.notes: list[str] = []
         self.models: dict[str, Checkpoint] = {}
+        self.wide = False
         self._choose()
         self.names = tuple(self.models)
         self.measured, notes = _about(measured, self.names, {*prior.methods})
@@ -222,6 +226,10 @@ class _Scoring:
             return
         for name, model in f.models.items():
             why = next((x.found for x in f.findings if x.severity == "stop" and name in x.models), "")
+            if self._wider(name):
+                self.models[name] = model
+                self.wide = True
+                continue
             if name in f.unusable or name in f.unlike or name in f.broken:
                 if name in f.unlike and not why and name not in f.unusable | f.broken:
                     # It has a few tensors more than the others; what they have in common can be compared.
@@ -237,6 +245,19 @@ class _Scoring:
             else:
                 self.models[name] = model
 
+    def _wider(self, name: str) -> bool:
+        """The second of two models without a base that differs in widths alone: it can be carried onto the first."""
+        f = self.flight
+        if f.base is not None or self.prior.base or len(f.models) != 2 or name in f.unusable | f.broken:
+            return False
+        stops = [x for x in f.findings if x.severity == "stop" and name in x.models]
+        networks = [settings_of(m).get("network") or {} for m in f.models.values()]
+        kept = ("kind", "activation", "norm", "depth", "heads")
+        alike = all(networks[0].get(key) == networks[1].get(key) for key in kept)
+        wide = [x for x in stops if x.check == "tensors" and x.found.startswith("width: ")]
+        rest = [x for x in stops if x not in wide and not (alike and x.found.startswith("network is "))]
+        return bool(wide) and not rest
+
     def report(self) -> MergeReport:
         if len(self.models) < 2:
             return self._empty("fewer than two models can be compared")
@@ -246,7 +267,7 @@ class _Scoring:
             why = "" if self.wiring.proved else f"the wiring is {self.wiring.status}, not proved"
         proved = self.wiring is not None and self.wiring.proved
         try:
-            comparison = self._compare()
+            comparison = self._across() if self.wide else self._compare()
         except (WeightspaceError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             said = str(error) if isinstance(error, WeightspaceError) else "there are values that are not finite"
             return self._empty(f"nothing can be compared: {said}")
@@ -321,28 +342,48 @@ class _Scoring:
 
     def _carried(self, sets: Sequence[tuple[int, ...]], proved: bool) -> Array:
         """What is expected of pairs without a common base: the second is carried onto the first for the features."""
-        from weightspace.align.optimal_transport import optimal_transport
-
         found = np.full((sum(map(len, sets)), len(self.prior.methods)), float(link(np.array([0.8]))[0]))
-        models, start, pairs = list(self.models.values()), 0, 0
+        start = pairs = 0
         for members in sets:
             at = slice(start, start + len(members))
             start += len(members)
             if len(members) > 2 or not proved or pairs >= _ALIGNED:
                 continue
-            assert self.wiring is not None
             pairs += 1
-            a, b = (_whole(models[i]) for i in members)
             try:
-                moved = optimal_transport(a, b, self.wiring, wiring_a=self.wiring)
+                both = self._both(*members)
             except WeightspaceError as error:
                 self.failed[members] = " ".join(str(error).split())
                 continue
-            carried = self.wiring.apply(moved.permutations, b) if moved.aligned is None else moved.aligned
-            both = compare({"a": a, "b": dict(carried)}, None, self.wiring)
             self.seen_as[members] = both, (0, 1)
             found[at] = self.prior.cells(both, [(0, 1)])
         return found
+
+    def _both(self, one: int, other: int) -> Comparison:
+        """Features of two models of which the second was carried onto the first's neurons."""
+        from weightspace.align.optimal_transport import optimal_transport
+
+        (name_a, a), (name_b, b) = (list(self.models.items())[i] for i in (one, other))
+        assert self.wiring is not None
+        wiring_b = self.wiring
+        if self.wide:
+            found, why = _wiring(None, b)
+            if found is None or why:
+                raise WeightspaceError(f"{name_b}: {why}")
+            wiring_b = found
+        tensors = _whole(b)
+        moved = optimal_transport(_whole(a), tensors, wiring_b, wiring_a=self.wiring)
+        carried = wiring_b.apply(moved.permutations, tensors) if moved.aligned is None else dict(moved.aligned)
+        return compare({name_a: a, name_b: carried}, None, self.wiring)
+
+    def _across(self) -> Comparison:
+        """The same, of two models of different widths, which cannot be compared as they are."""
+        if self.wiring is None or not self.wiring.proved:
+            raise WeightspaceError("models of different widths can be aligned only with a wiring that is proved")
+        self.methods = tuple(m for m in self.methods if m in _WIDTHS)
+        self.matched = False
+        self._note("the widths differ: what is said is of the second carried onto the first by optimal transport")
+        return self._both(0, 1)
 
     def _terms(self, members: tuple[int, ...]) -> dict[str, float]:
         assert self.comparison is not None
