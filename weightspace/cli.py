@@ -174,7 +174,12 @@ def zoo_build(
 
 @app.command()
 def train(
-    source: Annotated[str, typer.Argument(help="A folder of networks, or a recipe (built where it is not yet).")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of networks, or a recipe (built where it is not yet); or merge: the merge-ability model."
+        ),
+    ],
     task: Annotated[
         str, typer.Option("--task", "-t", help="accuracy, loss, generalisation-gap, ranking, embedding or a field.")
     ] = "accuracy",
@@ -199,7 +204,24 @@ def train(
     """Train a metanet on a population and print what it is worth on held-out runs.
 
     Saved in runs/<name>; an interrupted training goes on when the same command is given again.
+
+    `train merge` makes the model behind `score` anew: the population of the recipe merging and its measured merges
+    where they are missing (models/merging), training, a model card. --set changes entries of its plan, such as trees=60
+    or metanet=true.
     """
+    if source == "merge":
+        from weightspace.mergeability.training import make
+
+        made = out or Path("runs/merge")
+        zoo = Path("models/merging")
+        _, found = make(zoo, zoo / "merges.jsonl", made, plan=_settings(setting), progress=_to_stderr())
+        if as_json:
+            _print_json({"folder": str(made), "figures": found})
+            return
+        names = ("estimator", "method", "merges", "spearman", "within", "error", "coverage")
+        lines = [tuple(f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names) for r in found]
+        _console().print(_table(f"merges held out with all of their tasks; the model is in {made}", names, lines))
+        return
     from weightspace.metanets.commands import train_on
 
     rows, trained, folder = train_on(

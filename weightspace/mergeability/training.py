@@ -27,7 +27,7 @@ from weightspace.mergeability.forest import Forest
 from weightspace.mergeability.measure import BARRIER, METHODS, STRANGERS, families, measure_population, read_rows
 from weightspace.mergeability.metanet import CONFIG, Reader, answers, train
 from weightspace.mergeability.outcome import Cells, Observed, Outcome, effect_terms, link, unlink
-from weightspace.mergeability.prior import CARD, COVERAGE, EFFECTS, FILES, MODEL, Prior, Spread
+from weightspace.mergeability.prior import CARD, COVERAGE, EFFECTS, MODEL, Prior, Spread
 from weightspace.mergeability.prior import STRANGERS as STRANGE
 from weightspace.metanets.operator import OperatorMetanet
 
@@ -40,12 +40,11 @@ GROUPS: tuple[tuple[int, ...], ...] = ((0, 7), (1, 2), (3, 8), (4, 5), (6, 9), (
 FOLDS: tuple[tuple[int, ...], ...] = ((0, 7, 10, 12), (1, 2, 4, 5), (3, 8, 11, 14), (6, 9, 13, 15))
 """Groups two by two, where training takes too long to hold out those of every merge by themselves."""
 PLAN: Mapping[str, Any] = {
-    "trees": 40, "leaf": 4, "metanet": True, "epochs": 12, "cells": 2400, "seconds": 240.0, "places": 400,
+    "trees": 40, "leaf": 4, "metanet": False, "epochs": 12, "cells": 2400, "seconds": 240.0, "places": 400,
+    "least": 100, "pairs": 2240, "triples": 384, "strangers": 640,
 }  # fmt: skip
 """Sizes of the forest and its leaves; whether to try a metanet, its epochs, cells and seconds; cells that distances
-are taken to."""
-_LEAST = 100
-"""Fewest merges to learn from, where those of some groups are held out."""
+are taken to; fewest merges to learn from where some are held out; merges to measure."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +166,7 @@ def _slot(task: str) -> int:
     return int(task.split(":")[0].split("~")[0])
 
 
-def rounds(measured: Measured) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def rounds(measured: Measured, least: int = PLAN["least"]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """For each set of groups of tasks that merges are about: all merges that have none of them, and those merges.
 
     Every merge is held out once, with all of its tasks and those that are grouped with them; not those that leave too
@@ -175,7 +174,7 @@ def rounds(measured: Measured) -> Iterator[tuple[NDArray[np.int64], NDArray[np.i
     """
     for held in sorted(set(measured.groups), key=sorted):
         train_on = np.array([i for i, g in enumerate(measured.groups) if not g & held], dtype=np.int64)
-        if len(train_on) >= _LEAST:
+        if len(train_on) >= least:
             yield train_on, np.array([i for i, g in enumerate(measured.groups) if g == held], dtype=np.int64)
 
 
@@ -208,7 +207,7 @@ def held_out(measured: Measured, plan: Mapping[str, Any] = PLAN) -> Array:
     On the link scale.
     """
     found = np.full(measured.y.shape, np.nan)
-    for k, (train_on, test_on) in enumerate(rounds(measured)):
+    for k, (train_on, test_on) in enumerate(rounds(measured, plan["least"])):
         at = measured.cells(test_on)
         found[at] = fit_forest(measured, train_on, plan, k)(measured.x[at])
     count = len(np.unique(measured.sets[np.isfinite(found[:, 0])]))
@@ -248,6 +247,8 @@ def out_of_fold(measured: Measured, plan: Mapping[str, Any] = PLAN) -> dict[str,
     which = np.full(len(measured.merges), -1.0)
     for fold, (train_on, test_on) in enumerate(splits(measured)):
         at = measured.cells(test_on)
+        if not len(train_on) or not len(test_on):
+            continue
         which[test_on] = fold
         forest[at] = fit_forest(measured, train_on, plan, fold)(measured.x[at])
         net[at] = ask_metanet(measured, fit_metanet(measured, train_on, plan, fold), test_on)
@@ -322,36 +323,51 @@ def calibrated(
 
 
 def make(
-    zoo: Path, rows: Path, out: Path = FILES, *, plan: Mapping[str, Any] | None = None, pairs: int = 5600,
-    triples: int = 960, strangers: int = 640, held: Path | None = None, measure_more: bool = True,
+    zoo: Path, rows: Path, out: Path, *, plan: Mapping[str, Any] | None = None, held: Path | None = None,
+    measure_more: bool = True, progress: bool = False,
 ) -> tuple[Prior, list[dict[str, Any]]]:  # fmt: skip
     """Everything: build the population and measure merges where they are missing, train, calibrate, write the files.
 
-    ``held``: a file (.npz) where the metanet's predictions of held-out merges are kept; what is in it is not trained
-    again. Gives the model for merges with a common base and the figures of its card.
+    ``plan``: entries of ``PLAN`` to change. ``held``: a file (.npz) where the metanet's predictions of held-out merges
+    are kept; what is in it is not trained again. An interrupted call goes on where it was. Gives the model for merges
+    with a common base and the figures of its card. Raises ``WeightspaceError`` for an entry that ``PLAN`` does not
+    have, and where there are too few merges to learn from.
     """
+    if unknown := sorted(set(plan or {}) - set(PLAN)):
+        raise WeightspaceError(f"the plan has no entry {unknown[0]!r}; it has {', '.join(PLAN)}")
     chosen = {**PLAN, **(plan or {})}
     if not any(zoo.glob("*.safetensors")):
         from weightspace.zoo.recipe import load
         from weightspace.zoo.train import build_zoo
 
-        build_zoo(load(RECIPE), zoo, progress=False)
+        build_zoo(load(RECIPE), zoo, progress=progress)
     if measure_more:
         rows.parent.mkdir(parents=True, exist_ok=True)
-        measure_population(zoo, rows, pairs=pairs, triples=triples, strangers=strangers)
+        measure_population(
+            zoo, rows, pairs=chosen["pairs"], triples=chosen["triples"], strangers=chosen["strangers"]
+        )  # fmt: skip
     found = read_rows(rows)
     measured, strange = gather(zoo, found), gather_strangers(zoo, found)
     _log.info("%d merges, %d without a common base", len(measured.merges), len(strange.merges))
     predicted, apart = held_out(measured, chosen), held_out(strange, chosen)
+    if not (np.isfinite(predicted).any() and np.isfinite(apart).any()):
+        raise WeightspaceError(
+            f"no merge leaves {chosen['least']} others that have none of its tasks: measure more, or lower `least`"
+        )
     everything = np.arange(len(measured.merges))
     forest = fit_forest(measured, everything, chosen)
-    table = [*figures(measured, predicted), *figures(strange, apart, "forest, no common base")]
+    least = int(chosen["least"])
+    table = [
+        *figures(measured, predicted, least=least), *figures(strange, apart, "forest, no common base", least=least)
+    ]  # fmt: skip
     metanet, share = None, 0.0
     if chosen["metanet"]:
         folds = _kept(held, measured) or out_of_fold(measured, chosen)
         if held is not None:
             np.savez(held, allow_pickle=False, **folds, merges=_labels(measured))
-        rivals = {k: figures(measured, folds[k], f"{k}, a quarter held out") for k in ("forest", "metanet", "both")}
+        rivals = {
+            k: figures(measured, folds[k], f"{k}, a quarter held out", least) for k in ("forest", "metanet", "both")
+        }  # fmt: skip
         table += [row for k in rivals for row in rivals[k]]
         share = float(folds["share"])
         if share > 0 and _helps(rivals["forest"], rivals["both"]):
@@ -385,7 +401,9 @@ def _helps(without: Sequence[Mapping[str, Any]], with_: Sequence[Mapping[str, An
     return float(np.mean([r["error"] for r in with_])) < float(np.mean([r["error"] for r in without]))
 
 
-def coverage(measured: Measured, predicted: Array, method: int, level: float = COVERAGE) -> Array:
+def coverage(
+    measured: Measured, predicted: Array, method: int, level: float = COVERAGE, least: int = PLAN["least"]
+) -> Array:
     """Whether intervals hold the outcomes of held-out merges, by misses in merges of other tasks alone: ``(merges,)``.
 
     NaN where a merge was not predicted, or too few others were.
@@ -396,13 +414,15 @@ def coverage(measured: Measured, predicted: Array, method: int, level: float = C
     for held in set(measured.groups):
         here = known & np.array([g == held for g in measured.groups])
         apart = np.flatnonzero(known & np.array([not g & held for g in measured.groups]))
-        if here.any() and len(apart) >= _LEAST:
+        if here.any() and len(apart) >= least:
             spread = Spread.fit(mean[apart], truth[apart], [measured.groups[i] for i in apart])
             found[here] = np.abs(truth - mean)[here] <= spread.reach(mean[here], level)
     return found
 
 
-def figures(measured: Measured, predicted: Array, estimator: str = "forest") -> list[dict[str, Any]]:
+def figures(
+    measured: Measured, predicted: Array, estimator: str = "forest", least: int = PLAN["least"]
+) -> list[dict[str, Any]]:
     """What predictions of held-out merges are worth: rank correlation, mean error, coverage, by method."""
     from scipy.stats import spearmanr
 
@@ -410,15 +430,22 @@ def figures(measured: Measured, predicted: Array, estimator: str = "forest") -> 
     rows = []
     for m, method in enumerate(measured.methods):
         ok = np.flatnonzero(np.isfinite(means[:, m]) & np.isfinite(measured.outcome[:, m]))
+        if len(ok) < 2:
+            continue
         p, y = means[ok, m], measured.outcome[ok, m]
         family = np.array([measured.merges[i][0] for i in ok])
         within = [spearmanr(p[family == f], y[family == f])[0] for f in np.unique(family) if (family == f).sum() > 9]
         rows.append({
             "estimator": estimator, "method": method, "merges": len(ok), "spearman": float(spearmanr(p, y)[0]),
-            "within": float(np.mean(within)), "error": 100 * float(np.abs(p - y).mean()),
-            "coverage": float(np.nanmean(coverage(measured, predicted, m))),
+            "within": float(np.mean(within)) if within else float("nan"), "error": 100 * float(np.abs(p - y).mean()),
+            "coverage": _known_mean(coverage(measured, predicted, m, least=least)),
         })  # fmt: skip
     return rows
+
+
+def _known_mean(values: Array) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def card(
