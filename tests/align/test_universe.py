@@ -61,12 +61,13 @@ def test_all_pairs_come_nearer_than_by_a_reference() -> None:
     wiring, models = strangers("mlp", 5)
     found = ws.align_many(models, wiring=wiring)
     assert found.permutations[0].is_identity
-    assert found.objective > found.diagnostics["to the first"] > found.before
+    assert found.objective > found.diagnostics["to the reference"] > found.before
     assert "5 networks" in repr(found)
     again = ws.align_many(models, wiring=wiring)
     assert again.objective == found.objective
-    more = ws.align_many(models, wiring=wiring, kicks=5)
-    assert more.objective > found.objective - 0.02
+    more = ws.align_many(models, wiring=wiring, restarts=3)
+    assert more.objective >= found.objective
+    assert more.permutations[0].is_identity
 
 
 def test_inconsistent_maps_are_seen() -> None:

@@ -195,14 +195,21 @@ def universe(args: argparse.Namespace) -> Iterator[Row]:
         accuracy, loss = (sum(e[k] for e in ends) / 5 for k in (0, 1))
         yield {"set": number, "way": "ends", "accuracy": accuracy, "loss": loss}
         yield row("as they are", models)
-        for kicks in (0, 25):
+        searches: dict[str, dict[str, Any]] = {
+            "no kicks": {"kicks": 0}, "25 kicks": {"kicks": 25}, "weighted alike": {"weighting": "rms", "kicks": 0},
+        }  # fmt: skip
+        for search, options in searches.items():
             for r in range(5):
                 moved, wall, own = timed(
-                    lambda: [m if i == r else dict(ws.align(models[r], m, wiring=wiring, kicks=kicks).aligned)  # noqa: B023
+                    lambda: [m if i == r else dict(ws.align(models[r], m, wiring=wiring, **options).aligned)  # noqa: B023
                              for i, m in enumerate(models)]  # noqa: B023
                 )  # fmt: skip
-                yield row(f"pairwise to {r}, {kicks} kicks", moved, seconds=wall, processor=own, reference=r)
-        for name, options in (("universe", {}), ("universe, 10 kicks", {"kicks": 10})):
+                yield row(f"pairwise to {r}, {search}", moved, seconds=wall, processor=own, reference=r)
+        ways: dict[str, dict[str, Any]] = {
+            "universe": {}, "universe, 4 restarts": {"restarts": 4},
+            "universe, 4 restarts, tensors weighted alike": {"restarts": 4, "weighting": "rms"},
+        }  # fmt: skip
+        for name, options in ways.items():
             found, wall, own = timed(lambda: ws.align_many(models, wiring=wiring, **options))  # noqa: B023
             yield row(name, [dict(c) for c in found.aligned], seconds=wall, processor=own, cosine=found.objective,
                       consistent=found.consistent())  # fmt: skip
@@ -214,10 +221,10 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     for number in dict.fromkeys(r["set"] for r in rows):
         own = [r for r in rows if r["set"] == number]
         out += [r for r in own if "reference" not in r]
-        for kicks in dict.fromkeys(r["way"].split(", ")[1] for r in own if "reference" in r):
-            group = [r for r in own if "reference" in r and r["way"].endswith(f", {kicks}")]
+        for search in dict.fromkeys(r["way"].split(", ")[1] for r in own if "reference" in r):
+            group = [r for r in own if "reference" in r and r["way"].endswith(f", {search}")]
             for word, of in (("mean of", None), ("best of", True)):
-                row: Row = {"set": number, "way": f"pairwise to a reference, {kicks}, {word} {len(group)}"}
+                row: Row = {"set": number, "way": f"pairwise to a reference, {search}, {word} {len(group)}"}
                 for key, better in (("accuracy", max), ("loss", min), ("repaired", max), ("repaired loss", min)):
                     values = [r[key] for r in group]
                     row[key] = better(values) if of else sum(values) / len(values)

@@ -90,14 +90,15 @@ class Universe:
 
 def align_many(
     models: Sequence[Model], *, wiring: Wiring | None = None, seed: int = 0, unverified: bool = False,
-    rounds: int = 20, kicks: int = 0, steps: int = 60, weighting: str = "plain",
+    rounds: int = 20, kicks: int = 0, steps: int = 60, restarts: int = 0, weighting: str = "plain",
 ) -> Universe:  # fmt: skip
     """Move networks of one wiring into a common frame; the function of each stays what it was.
 
     From a match of all to the first network, each in turn is matched to the sum of the others: by coordinate ascent
     from where it is and, in the first round and where the network is small, by ``steps`` of Frank-Wolfe from the centre
     (0: never); what raises the sum of all pairwise inner products is kept. Ends when a round changes nothing, or after
-    ``rounds``. ``kicks`` of each network in each round, and ``weighting``, as for weight matching.
+    ``rounds``. ``restarts``: so many searches more, each from a match to the next network; the best is kept. ``kicks``
+    of each network in each round, and ``weighting``, as for weight matching.
 
     Raises as ``align`` does, and ``AlignmentError`` for fewer than two models.
     """
@@ -115,33 +116,52 @@ def align_many(
     wide = [float32(t) for t in tensors]
     weights = tensor_weights(found, wide[0], wide[1], weighting)
     before = _mean_cosine(wide, weights)
-    generator = torch.Generator().manual_seed(seed)
-    elements = [found.identity()]
-    for n in range(1, len(wide)):
-        first = weight_matching(wide[0], wide[n], found, seed=seed + n, kicks=kicks, weighting=weighting)
-        elements.append(first.permutations)
-    moved = [acted(found, p, w) for p, w in zip(elements, wide, strict=True)]
-    reference = _mean_cosine(moved, weights)
-    done = 0
-    for _ in range(rounds):
-        done += 1
-        changed = False
-        for n in torch.randperm(len(wide), generator=generator).tolist():
-            others = {t: sum((m[t] for k, m in enumerate(moved) if k != n), torch.zeros(())) for t in weights}
-            best = _settle(found, others, wide[n], weights, elements[n], generator, steps if done == 1 else 0, kicks)
-            if best is not None:
-                elements[n], changed = best, True
-                moved[n] = acted(found, best, wide[n])
-        if not changed:
-            break
+    best: tuple[float, list[Permutation], dict[str, Any]] | None = None
+    for start in range(restarts + 1):
+        tried = _search(found, wide, weights, start % len(wide), seed + start, rounds, kicks, steps, weighting)
+        if best is None or tried[0] > best[0]:
+            best = tried
+    assert best is not None
+    _, elements, info = best
     # The universe is numbered as the first network.
     back = elements[0].invert()
     elements = [p.compose(back) for p in elements]
     final = [found.apply(p, t) for p, t in zip(elements, tensors, strict=True)]
-    diagnostics = {"seconds": time.perf_counter() - started, "rounds": done, "to the first": reference}
+    diagnostics = {"seconds": time.perf_counter() - started, **info}
     aligned = tuple(as_checkpoint(t, s) for t, s in zip(final, sources, strict=True))
     objective = _mean_cosine([float32(t) for t in final], weights)
     return Universe(found, tuple(elements), objective, before, diagnostics, aligned)
+
+
+def _search(
+    wiring: Wiring, models: Sequence[Mapping[str, Tensor]], weights: Mapping[str, float], reference: int, seed: int,
+    rounds: int, kicks: int, steps: int, weighting: str,
+) -> tuple[float, list[Permutation], dict[str, Any]]:  # fmt: skip
+    """One search from a match to a reference: the mean cosine of all pairs, the elements, and what happened."""
+    generator = torch.Generator().manual_seed(seed)
+    elements = [
+        wiring.identity() if n == reference
+        else weight_matching(
+            models[reference], m, wiring, seed=seed + n, kicks=kicks, weighting=weighting
+        ).permutations
+        for n, m in enumerate(models)
+    ]  # fmt: skip
+    moved = [acted(wiring, p, m) for p, m in zip(elements, models, strict=True)]
+    at_first = _mean_cosine(moved, weights)
+    done = 0
+    for _ in range(rounds):
+        done += 1
+        changed = False
+        for n in torch.randperm(len(models), generator=generator).tolist():
+            others = {t: sum((m[t] for k, m in enumerate(moved) if k != n), torch.zeros(())) for t in weights}
+            best = _settle(wiring, others, models[n], weights, elements[n], generator, steps if done == 1 else 0, kicks)
+            if best is not None:
+                elements[n], changed = best, True
+                moved[n] = acted(wiring, best, models[n])
+        if not changed:
+            break
+    info = {"rounds": done, "reference": reference, "to the reference": at_first}
+    return _mean_cosine(moved, weights), elements, info
 
 
 def _settle(
