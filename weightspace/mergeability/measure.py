@@ -219,7 +219,10 @@ def measure_population(
                   for p in pairs_of(a, b, -(-strangers // len(strange)), seed)]  # fmt: skip
     random.Random(seed).shuffle(turns)
     count, started = 0, time.monotonic()
+    cut = out.exists() and out.read_bytes()[-1:] not in (b"", b"\n")
     with out.open("a") as stream:
+        # A line that an interruption cut off stays by itself.
+        stream.write("\n" if cut else "")
         for i, (family, second, members, wanted) in enumerate(turns):
             missing = [m for m in wanted if (members, m) not in done]
             rows: Iterable[dict[str, Any]] = ()
