@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Rows of a method under other settings.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "weight-matching, tensors weighted alike": ("weight-matching", {"weighting": "rms"}),
     "optimal-transport, activations": ("optimal-transport", {"ground": "activations"}),
     "pleas, half matched": ("pleas", {"ratio": 0.5, "positions": 512}),
 }
@@ -131,6 +132,26 @@ def table(rows: list[Row]) -> str:
     return "\n".join(out)
 
 
+def compact(rows: list[Row]) -> str:
+    """A row a method and a column a pair: barrier of the loss, the same repaired, accuracy half way repaired."""
+    pairs, methods = (list(dict.fromkeys(r[k] for r in rows)) for k in ("pair", "method"))
+    cells = {(r["pair"], r["method"]): r for r in rows}
+    ends = {r["pair"]: r["ends"] for r in rows if "ends" in r}
+    head = ["method", *(f"{p} ({ends[p][0]:.0%}, {ends[p][1]:.0%})" if p in ends else p for p in pairs), "seconds"]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for m in methods:
+        own = [cells.get((p, m), {}) for p in pairs]
+        shown = [
+            f"{_figure(r.get('barrier'), '.2f') or '–'} / {_figure(r.get('repaired barrier'), '.2f') or '–'} / "
+            f"{_figure(r.get('repaired middle'), '.0%')}" if "repaired middle" in r else ""
+            for r in own
+        ]  # fmt: skip
+        seconds = [r["seconds"] for r in own if "seconds" in r]
+        took = f"{min(seconds):.2f}–{max(seconds):.1f}" if seconds else ""
+        out.append(f"| {m} | {' | '.join(shown)} | {took} |")
+    return "\n".join(out)
+
+
 def _figure(value: float | None, how: str) -> str:
     return "" if value is None else format(value, how)
 
@@ -147,6 +168,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=7, help="networks on every path")
     parser.add_argument("--examples", type=int, default=1000, help="test examples")
     parser.add_argument("--results", type=Path, help="JSON lines: what is there is not measured again")
+    parser.add_argument("--compact", action="store_true", help="a row for each method, a column for each pair")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows: list[Row] = []
@@ -174,7 +196,8 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
             print(f"{population}: {name} {json.dumps({k: v for k, v in row.items() if not isinstance(v, tuple)})}",
                   flush=True)  # fmt: skip
-    print(json.dumps(rows, indent=1) if args.json else table([r for r in rows if "declined" not in r]))
+    done = [r for r in rows if "declined" not in r]
+    print(json.dumps(rows, indent=1) if args.json else compact(done) if args.compact else table(done))
     for r in rows:
         if "declined" in r:
             print(f"declined: {r['pair']}, {r['method']}: {r['declined']}")
