@@ -103,7 +103,7 @@ def inner_factors(wiring: Wiring, seed: int = 0) -> tuple[Inner, ...]:
             continue
         if {abs(e) for e in g.exponents.values()} != {1} or len(set(g.exponents.values())) < 2:
             continue
-        sides = {e: [_side(wiring, s) for s, power in g.slots if power == e] for e in (1, -1)}
+        sides = {e: [side_of(wiring, s) for s, power in g.slots if power == e] for e in (1, -1)}
         candidate = Inner(
             g.factor, count_of(wiring.factors, g.factor) // factor.size, factor.size, tuple(sides[1]), tuple(sides[-1])
         )
@@ -209,7 +209,8 @@ def products_apart(model: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor
     return max(gap, 0.0) / own if own > 0 else 0.0
 
 
-def _side(wiring: Wiring, slot: Slot) -> Side:
+def side_of(wiring: Wiring, slot: Slot) -> Side:
+    """Where a factor's entries lie in one of its occurrences."""
     shape = wiring.shapes[slot.tensor]
     numbers = torch.arange(int(torch.Size(shape).numel())).reshape(shape)
     rest = [d for d in range(len(shape)) if d not in slot.dims]
@@ -222,4 +223,4 @@ def _side(wiring: Wiring, slot: Slot) -> Side:
     return Side(slot.tensor, slot.name, rows[order].reshape(groups, size, -1))
 
 
-__all__ = ["TOLERANCE", "Inner", "Side", "alike", "inner_factors", "products_apart", "random_maps", "solve"]
+__all__ = ["TOLERANCE", "Inner", "Side", "alike", "inner_factors", "products_apart", "random_maps", "side_of", "solve"]

@@ -24,6 +24,7 @@ from weightspace.errors import CheckpointError, WeightspaceError
 from weightspace.mergeability import health as vitals
 
 if TYPE_CHECKING:
+    from weightspace.mergeability.protection import Protection
     from weightspace.wiring.wiring import Wiring
 
 Severity = Literal["stop", "warning", "note"]
@@ -901,12 +902,15 @@ def _protection(f: Flight) -> None:
 
     models = _pairs(f, "protection")
     wiring = f.find_wiring() if models else None
-    against, reference = f.reference
+    reference = f.reference[1]
     held: Reference | None = None
     for name, model in models.items():
         f.step(f"protection of {name}")
         if wiring is None or not wiring.proved:
             f.skipped["protection"] = "it needs a proved wiring"
+            return
+        if wiring.program is None and wiring.origin.startswith("transformers:"):
+            _large(f, models, wiring)
             return
         if not _fits(f, reference):
             f.skipped["protection"] = (
@@ -926,20 +930,44 @@ def _protection(f: Flight) -> None:
             except UnprovedWiringError as error:
                 f.skipped["protection"] = _one_line(error)
                 return
-        f.protection.append(_light(found))
-        if found.protected:
-            # Layers that lost their correspondence are accounted for.
-            f.findings = [x for x in f.findings if x.check != "ancestry" or x.models != (name,)]
-            f.undone[name] = found.tensors
-            moved = list(dict.fromkeys(f"{e.kind} ({e.factor})" for e in found.evidence))
-            f.say(
-                "stop", "protection", name,
-                f"moved inside its orbit, so that it computes the same and cannot be averaged: {_listed(moved)}; "
-                f"distance to {against} {found.before:.2f}, and {found.after:.2f} once that is undone",
-                "neurons, heads and scales as in the base",
-                "merge the undone copy, which computes the same (`.undone` of this report; on the command line "
-                "`weightspace score … --undone FOLDER` writes it)",
-            )  # fmt: skip
+        _found(f, name, found)
+
+
+def _large(f: Flight, models: Mapping[str, Checkpoint], wiring: Wiring) -> None:
+    """Networks that were proved on a small twin: maps inside heads, layer by layer."""
+    from weightspace.mergeability.large import examine_large, kinds_of
+
+    try:
+        kinds = kinds_of(f.reference[1])
+    except WeightspaceError as error:
+        f.skipped["protection"] = _one_line(error)
+        return
+    for name, model in models.items():
+        f.step(f"protection of {name}")
+        _found(f, name, examine_large(model, f.reference[1], wiring, kinds))
+    f.skipped["protection by permutations and scales"] = (
+        f"the network is too large to be run ({f.reference[1].num_parameters:,} values); maps inside heads were sought"
+    )
+
+
+def _found(f: Flight, name: str, found: Protection) -> None:
+    """Keep what was found of a model, and say it where it is protected."""
+    against = f.reference[0]
+    f.protection.append(_light(found))
+    if not found.protected:
+        return
+    # Layers that lost their correspondence are accounted for.
+    f.findings = [x for x in f.findings if x.check != "ancestry" or x.models != (name,)]
+    f.undone[name] = found.tensors
+    moved = list(dict.fromkeys(f"{e.kind} ({e.factor})" for e in found.evidence))
+    f.say(
+        "stop", "protection", name,
+        f"moved inside its orbit, so that it computes the same and cannot be averaged: {_listed(moved)}; "
+        f"distance to {against} {found.before:.2f}, and {found.after:.2f} once that is undone",
+        "neurons, heads and scales as in the base",
+        "merge the undone copy, which computes the same (`.undone` of this report; on the command line "
+        "`weightspace score … --undone FOLDER` writes it)",
+    )  # fmt: skip
 
 
 _STEPS = {

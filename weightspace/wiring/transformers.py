@@ -228,6 +228,34 @@ def prove_on_twin(found: Wiring, config: Any, cls: Any, rename: Mapping[str, str
     return found.with_(notes=(*found.notes, f"no small twin could prove it: {'; '.join(failures)}"))
 
 
+def twin_of(checkpoint: Checkpoint) -> Wiring:
+    """The proved wiring, with its program, of a small twin of a Hugging Face model; tensors are named as in the file.
+
+    Raises ``WiringError`` where none of the scales gives a twin that can be run and proved.
+    """
+    from weightspace.wiring.entry import from_program
+    from weightspace.wiring.small import SCALES, Shrinker
+
+    config = config_from(dict(checkpoint.config or {}))
+    cls = _class_for(config, {n: tuple(checkpoint.shape(n)) for n in checkpoint})
+    _plain(config)
+    with torch.device("meta"):
+        rename = _rename(cls(config).eval(), checkpoint)
+    for scale in SCALES:
+        try:
+            small_config = Shrinker(scale)(config)
+            _plain(small_config)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                module = cls(small_config).eval()
+            twin = from_program(_program(module, small_config, f"transformers:{config.model_type}", rename))
+        except (WiringError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+            continue
+        if twin.proved:
+            return twin
+    raise WiringError(f"no small twin of this {config.model_type} model could be run and proved")
+
+
 def _unlike(large: Wiring, small: Wiring) -> str | None:
     """The first tensor that the two wire differently: in number of segments and factors, pinning or fibres.
 
