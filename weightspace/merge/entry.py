@@ -139,7 +139,7 @@ def merge(
     by_tensor = settings or (lambda _: (chosen, shares))
 
     def go(sink: engine.Sink) -> None:
-        from weightspace.zoo.progress import bar
+        from weightspace.progress import bar
 
         with bar(chosen.name, len(planned.actions), progress) as step:
             engine.Run(planned, used, sources, by_tensor, sink, threads=threads, compute=arithmetic, step=step).go(

@@ -98,7 +98,7 @@ def score(
     Raises ``WeightspaceError`` for fewer than two models, more than 512, unknown methods, measurements that make no
     sense, and files that cannot be read.
     """
-    from weightspace.zoo.progress import bar
+    from weightspace.progress import bar
 
     started = time.perf_counter()
     using = _prior(prior, base is not None, methods)

@@ -70,7 +70,7 @@ def load_samples(source: str | os.PathLike[str] | Zoo, where: Where | None = Non
 
     Raises ``MetanetError`` where nothing is left.
     """
-    from weightspace.zoo.progress import bar
+    from weightspace.progress import bar
 
     folder = Path(source) if isinstance(source, str | os.PathLike) else source.folder
     if not folder.is_dir():

@@ -266,7 +266,7 @@ def run(
     loop: Loop, train: Batches, validation: Batches | None, checkpoint: Path | None, progress: bool
 ) -> None:
     """Train to the end of the plan, from a checkpoint where one is given."""
-    from weightspace.zoo.progress import bar
+    from weightspace.progress import bar
 
     plan = loop.plan
     accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "mps": "mps"}[plan.device]

@@ -72,7 +72,7 @@ def build_sampled(
     ``device`` is "cpu", "cuda" or "auto" (CUDA where there is a device). Raises ``ZooError`` for a recipe that makes no
     sense, data that are not there, or a device that is not.
     """
-    from weightspace.zoo.progress import bar
+    from weightspace.progress import bar
 
     started = time.perf_counter()
     device = usable(device)

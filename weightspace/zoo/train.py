@@ -45,7 +45,7 @@ def build_zoo(
     network whose record differs from the recipe is trained again. A diverged network is kept and its record
     says so. Returns the files in the recipe's order. Raises ``ZooError`` for a recipe or data it cannot read.
     """
-    from weightspace.zoo.progress import bar
+    from weightspace.progress import bar
 
     chosen = recipe if isinstance(recipe, Recipe) else load(recipe)
     if chosen.sampled:

@@ -390,7 +390,7 @@ class Zoo:
     ) -> IndexReport:
         from time import perf_counter
 
-        from weightspace.zoo.progress import bar
+        from weightspace.progress import bar
 
         known = store.stamps()
         present = dict(_candidates(self.folder, self.index_folder))

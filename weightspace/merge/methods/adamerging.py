@@ -12,7 +12,7 @@ from weightspace.errors import MergeError
 from weightspace.merge.data import MergeData, Network, entries, foreign, owned
 from weightspace.merge.method import Merger, Models, Tensor, WithData, in_range
 from weightspace.merge.methods.ties import elect
-from weightspace.zoo.progress import bar
+from weightspace.progress import bar
 
 _EXAMPLES = 256  # of a task, for the size of its own model's outputs
 
