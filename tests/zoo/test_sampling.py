@@ -20,7 +20,10 @@ FACTS = {
     "cifar10-gray": ((1, 32, 32), 10), "usps": ((1, 16, 16), 10), "text": ((64,), 65),
     "reviews": ((32,), 2),
 }  # fmt: skip
-PROMISED = ("small-cnn-cifar10", "small-cnn-mnist", "wild-park", "widths", "inr", "mixed", "families", "merging")
+PROMISED = (
+    "small-cnn-cifar10", "small-cnn-mnist", "wild-park", "wild-park-mnist", "widths", "inr", "mixed", "families",
+    "merging",
+)  # fmt: skip
 
 
 def _facts(data: DataSpec) -> tuple[tuple[int, ...], int]:
