@@ -87,8 +87,10 @@ ENTRIES: dict[str, Entry] = {
     "iso-cts": Entry("iso-cts", {}, "scale"),
     "wudi": Entry("wudi", {}, "scale"),
     "wudi, relative rate": Entry("wudi", {"relative": True, "rate": 0.03}, "scale"),
-    "doge": Entry("doge", {}, "eta", (0.07, 0.2, 0.4, 0.8, 1.5)),
-    "doge, relative": Entry("doge", {"relative": True, "rate": 0.01, "steps": 100, "eta": 0.2}, "eta"),
+    "doge": Entry("doge", {}, "eta", (0.02, 0.04, 0.14, 0.3, 0.6)),
+    "doge, relative": Entry(
+        "doge", {"relative": True, "rate": 0.01, "steps": 100, "eta": 0.2, "others": "mean"}, "eta"
+    ),
     "widen": Entry("widen", {}, "calibration"),
     "twin-merging": Entry("twin-merging", {}, "scale"),
     "knots, ties": Entry("knots", {}, "options.scale"),

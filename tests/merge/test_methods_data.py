@@ -375,6 +375,16 @@ def test_doge_against_its_definition() -> None:
     merged = ws.merge(states, "doge", base=base, eta=0.5, density=0.5, subspace=3, steps=20, rate=0.01).tensors
     assert merged is not None
     assert near(merged["w"], wanted, 1e-4)
+    base["b"] = torch.randn(8)
+    for i, state in enumerate(states):
+        state["b"] = base["b"] + i
+    found = ws.merge(states, "doge", base=base, steps=2)
+    assert near(found.open()["b"], base["b"])
+    assert "the base's" in found.report["b"].reason
+    mean = ws.merge(states, "doge", base=base, steps=2, others="mean", weights=[1, 3]).open()
+    assert near(mean["b"], base["b"] + 0.75)
+    with pytest.raises(MergeError, match="others is 'sum'"):
+        ws.merge(states, "doge", base=base, others="sum")
 
 
 def test_widen_column_by_column() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from weightspace.errors import MergeError
 from weightspace.merge.method import Merger, Models, Prepared, Tensor, in_range
 from weightspace.merge.methods.wudi import as_matrices, from_matrix, input_dim
 
@@ -24,8 +25,8 @@ class Doge(Prepared):
 
     ``eta``, ``subspace``, ``density``, ``steps``, ``rate``: 0.07, 6, 0.3, 400 and 1e-4 in the original's vision
     experiments; ``relative=True`` takes λᵢ = ``eta`` · mean ‖τ‖ / ‖τᵢ‖ and ``rate`` in root mean squares of the τᵢ, for
-    task vectors of other sizes. Biases and norms, which the original leaves at the base, get Σ λᵢ wᵢ τᵢ without Δ.
-    Which tensors are weights is decided as by `Wudi`.
+    task vectors of other sizes. ``others``: what other tensors than weights (biases, norms, tables) are, ``"base"`` as
+    in the original or the ``"mean"`` of the models. Which tensors are weights is decided as by `Wudi`.
 
     Memory: one tensor in all models, a few times.
     """
@@ -36,6 +37,7 @@ class Doge(Prepared):
     steps: int = 400
     rate: float = 1e-4
     relative: bool = False
+    others: Literal["base", "mean"] = "base"
 
     name: ClassVar[str] = "doge"
     paper: ClassVar[str] = "Wei et al. (2025), Modeling multi-task merging as adaptive projective gradient descent"
@@ -45,19 +47,25 @@ class Doge(Prepared):
         in_range(self.density, 0, 1, "density", open_low=True)
         in_range(self.subspace, 1, float("inf"), "subspace")
         in_range(self.steps, 0, float("inf"), "steps")
+        if self.others not in ("base", "mean"):
+            raise MergeError(f"others is {self.others!r}; 'base' or 'mean' was expected")
 
     def prepare(self, models: Models) -> Merger:
         def merge(name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
             assert base is not None
             tau = torch.stack([t - base for t in tensors])
+            shares = torch.tensor(weights).to(tau)
+            dim = input_dim(models, name, base)
+            if dim is None:
+                if self.others == "base":
+                    models.notes[name] = "no weight of a linear operation: the base's"
+                    return base.clone()
+                mixed: Tensor = torch.tensordot(shares / shares.sum(), tau, 1)
+                return base + mixed
             norms = tau.flatten(1).norm(dim=1)
             unit = float(norms.mean()) if self.relative else 1.0
             inverse = torch.where(norms > 0, unit / norms.clamp(min=1e-30), torch.zeros(()))
-            scales = self.eta * inverse * torch.tensor(weights).to(tau)
-            dim = input_dim(models, name, base)
-            if dim is None:
-                mixed: Tensor = torch.tensordot(scales, tau, 1)
-                return base + mixed
+            scales = self.eta * inverse * shares
             front = as_matrices(tau, dim)
             shifted = trimmed(front, self._shift(front, scales), self.density)
             return base + from_matrix(torch.tensordot(scales, shifted, 1), base.shape, dim)
