@@ -369,7 +369,7 @@ def score(
             console.print(_table(table.title, table.columns, table.rows))
         if undone is not None:
             say(f"{len(report.undone)} undone copies written to {undone}")
-        for line in commands.closing(report, models, base):
+        for line in commands.closing(report, models, base, undone):
             say(line)
     if report.stops or report.unreadable or (least is not None and not report.reaches(least)):
         raise typer.Exit(2)

@@ -170,8 +170,8 @@ def meaning(term: str, based: bool) -> str:
     return _MEANING.get(term, "").format(what=words[0], unlike=words[1], reference=words[2])
 
 
-def closing(report: MergeReport, models: Sequence[str], base: str | None) -> list[str]:
-    """What a user can do next, as commands."""
+def closing(report: MergeReport, models: Sequence[str], base: str | None, undone: Path | None = None) -> list[str]:
+    """What a user can do next, as commands. ``undone``: where undone copies were written to."""
     reasons: dict[str, list[str]] = {}
     for name, why in [*report.left.items(), *report.unreadable.items()]:
         if not any(f.found == why for f in report.stops):
@@ -184,7 +184,10 @@ def closing(report: MergeReport, models: Sequence[str], base: str | None) -> lis
         lines.append(f"and others for {len(reasons) - 8} more reasons (--json has all)")
     lines += [f"note: {note}" for note in report.notes]
     if report.undone:
-        lines.append("next: write the undone copies with --undone FOLDER, and merge these")
+        lines.append(
+            f"next: merge the undone copies in {undone}" if undone is not None
+            else "next: write the undone copies with --undone FOLDER, and merge these"
+        )  # fmt: skip
         return lines
     if report.stops and not report.merges:
         return lines
