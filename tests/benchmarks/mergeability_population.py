@@ -178,6 +178,29 @@ def ranks(measured: Measured, found: Mapping[str, Array], ours: Array, what: str
     return rows
 
 
+def everything(
+    one: Measured, found: Mapping[str, Array], other: Measured, more: Mapping[str, Array]
+) -> list[dict[str, Any]]:
+    """Merges with and without a common base, by all methods, as one: the first table over all of them."""
+    rows = []
+    for name in found:
+        if name not in more:
+            continue
+        p, y, family, groups = [], [], [], []
+        for measured, tables in ((one, found), (other, more)):
+            for m, method in enumerate(measured.methods):
+                ok = np.flatnonzero(np.isfinite(measured.outcome[:, m]) & np.isfinite(tables[name][:, m]))
+                if method == "barrier":
+                    continue
+                p.append(tables[name][ok, m])
+                y.append(measured.outcome[ok, m])
+                family += [f"{measured.merges[i][0]} {method}" for i in ok]
+                groups += [measured.groups[i] for i in ok]
+        row = {"what": "everything", "method": "all", "predictor": name, "merges": len(family)}
+        rows.append(row | correlation(np.concatenate(p), np.concatenate(y), np.array(family), groups))
+    return rows
+
+
 def partners(measured: Measured, found: Mapping[str, Array], least: int = 5) -> list[dict[str, Any]]:
     """Regret of choosing one of the partners that a model was measured with, in points of retained accuracy."""
     pairs: dict[tuple[str, int], list[int]] = {}
@@ -313,6 +336,7 @@ def main() -> None:
     tables = {
         "rank correlation, a common base": ranks(measured, found, ours, "common base"),
         "rank correlation, no common base": ranks(strange, others, apart, "no common base"),
+        "rank correlation, everything": everything(measured, found, strange, others),
         "ours by kind of merge": kinds(measured, rows, found[OURS]),
         "regret of a partner, points": partners(measured, found),
         "regret of a method, points": methods(measured, found),
