@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -33,6 +33,7 @@ from weightspace.mergeability.outcome import (
 from weightspace.mergeability.preflight import CHECKS, Flight, Model, fly, named, opened, settings_of
 from weightspace.mergeability.report import MergeReport, Prediction, Scored, terms_of
 from weightspace.pretrained.applicability import Applicability
+from weightspace.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,8 +60,8 @@ _CELLS = 256
 _MATCHED = 300_000_000
 _WORK = 4_000_000_000
 """Weights that are merged and run where inputs are given: more than these, and only the first merge is."""
-_ALIGNED = 28
-"""Pairs without a common base that are aligned for one report."""
+_ALIGNED, _ALIGNING = 28, 10_000_000
+"""Pairs without a common base that are aligned for one report: so many, or more with so few parameters in all."""
 _WIDTHS = ("ot-fusion",)
 """Methods that merge models of different widths."""
 _HEADERS = ("adapters", "quantised", "tensors")
@@ -98,8 +99,6 @@ def score(
     Raises ``WeightspaceError`` for fewer than two models, more than 512, unknown methods, measurements that make no
     sense, and files that cannot be read.
     """
-    from weightspace.progress import bar
-
     started = time.perf_counter()
     using = _prior(prior, base is not None, methods)
     methods = [m for m in using.methods if m != BARRIER] if methods is None else list(methods)
@@ -134,7 +133,9 @@ def score(
     origin_name = base if base is not None and origin is not None and origin.path is not None else origin
     with bar("looking", 2 * len(given) if checks else 0, progress) as step:
         flight = fly(given, origin_name, wiring=wiring, checks=CHECKS if checks else _HEADERS, step=step)
-    return _Scoring(flight, using, tuple(methods), tuple(latest(measured)), inputs, left, unreadable, started).report()
+    scoring = _Scoring(flight, using, tuple(methods), tuple(latest(measured)), inputs, left, unreadable, started)
+    scoring.progress = progress
+    return scoring.report()
 
 
 def _prior(prior: Prior | str | os.PathLike[str] | None, base: bool, methods: Sequence[str] | None) -> Prior:
@@ -206,7 +207,7 @@ class _Scoring:
         self.left, self.unreadable, self.started = left, unreadable, started
         self.notes: list[str] = []
         self.models: dict[str, Checkpoint] = {}
-        self.wide = False
+        self.wide = self.progress = False
         self._choose()
         self.names = tuple(self.models)
         self.measured, notes = _about(measured, self.names, {*prior.methods})
@@ -215,6 +216,7 @@ class _Scoring:
         self.comparison: Comparison | None = None
         self.seen_as: dict[tuple[int, ...], tuple[Comparison, tuple[int, ...]]] = {}
         self.failed: dict[tuple[int, ...], str] = {}
+        self.most = _ALIGNED
 
     def _choose(self) -> None:
         """The models that can be compared, protected ones undone; why the others cannot."""
@@ -323,7 +325,10 @@ class _Scoring:
         small = reference.num_parameters < 1_000_000 or self.base is None
         few = len(self.names) <= 4 and reference.num_parameters <= _MATCHED
         self.matched = self.wiring is not None and (small or few)
-        found = compare(self.models, self.base, self.wiring, matching=self.matched)
+        last = self.names[-1]
+        with bar("comparing", len(reference), self.progress) as step:
+            models: dict[str, Mapping[str, torch.Tensor]] = {**self.models, last: _Watched(self.models[last], step)}
+            found = compare(models, self.base, self.wiring, matching=self.matched)
         values = (found.own, found.pairs, found.changes, found.whole, found.scale)
         if not all(bool(np.isfinite(v).all()) for v in values):
             raise WeightspaceError("some weights are not finite, or so large that their squares are not")
@@ -338,25 +343,26 @@ class _Scoring:
             return Applicability(False, 0.0, f"they cannot be aligned ({self.failed[members]})")
         if len(members) > 2:
             return Applicability(False, 0.0, "without a common base only pairs were learned from")
-        return Applicability(False, 0.0, f"without a common base at most {_ALIGNED} pairs are aligned and looked at")
+        return Applicability(False, 0.0, f"without a common base only {self.most} pairs are aligned and looked at")
 
     def _carried(self, sets: Sequence[tuple[int, ...]], proved: bool) -> Array:
         """What is expected of pairs without a common base: the second is carried onto the first for the features."""
         found = np.full((sum(map(len, sets)), len(self.prior.methods)), float(link(np.array([0.8]))[0]))
-        start = pairs = 0
-        for members in sets:
-            at = slice(start, start + len(members))
-            start += len(members)
-            if len(members) > 2 or not proved or pairs >= _ALIGNED:
-                continue
-            pairs += 1
-            try:
-                both = self._both(*members)
-            except WeightspaceError as error:
-                self.failed[members] = " ".join(str(error).split())
-                continue
-            self.seen_as[members] = both, (0, 1)
-            found[at] = self.prior.cells(both, [(0, 1)])
+        assert self.comparison is not None
+        self.most = max(_ALIGNED, _ALIGNING // max(self.comparison.parameters, 1))
+        pairs = [s for s, members in enumerate(sets) if len(members) == 2 and proved][: self.most]
+        starts = np.cumsum([0, *map(len, sets)])
+        with bar("aligning", len(pairs), self.progress) as step:
+            for s in pairs:
+                one, other = sets[s]
+                step(f"{self.names[one]} + {self.names[other]}")
+                try:
+                    both = self._both(one, other)
+                except WeightspaceError as error:
+                    self.failed[one, other] = " ".join(str(error).split())
+                    continue
+                self.seen_as[one, other] = both, (0, 1)
+                found[starts[s] : starts[s + 1]] = self.prior.cells(both, [(0, 1)])
         return found
 
     def _both(self, one: int, other: int) -> Comparison:
@@ -550,6 +556,23 @@ class _Scoring:
 
 
 # -------------------------------------------------------------------- parts
+
+
+class _Watched(Mapping[str, torch.Tensor]):
+    """A model whose reading is seen, tensor by tensor."""
+
+    def __init__(self, model: Mapping[str, torch.Tensor], step: Callable[[str], object]) -> None:
+        self.model, self.step = model, step
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.step(name)
+        return self.model[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model)
+
+    def __len__(self) -> int:
+        return len(self.model)
 
 
 def _nothing(method: str, inside: Applicability) -> Prediction:
