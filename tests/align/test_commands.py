@@ -45,7 +45,7 @@ def test_a_copy_is_moved_back(pair: tuple[Path, Path, dict[str, Tensor], Wiring]
     assert all(torch.equal(written[n], t) for n, t in tensors.items())
 
 
-@pytest.mark.parametrize("method", ["frank-wolfe", "sinkhorn", "attention"])
+@pytest.mark.parametrize("method", ["frank-wolfe", "sinkhorn", "attention", "learned"])
 def test_figures_as_json(pair: tuple[Path, Path, dict[str, Tensor], Wiring], tmp_path: Path, method: str) -> None:
     a, b, tensors, wiring = pair
     out = tmp_path / "moved.pt"

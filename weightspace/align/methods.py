@@ -54,6 +54,9 @@ METHODS: dict[str, Method] = {
         "weightspace.align.sinkhorn", "sinkhorn", "Guerrero Peña et al. 2023, Re-basin via implicit Sinkhorn",
         takes_inputs=True,
     ),
+    "learned": Method(
+        "weightspace.align.learned", "learned", "Navon et al. 2023, Deep-Align, refined by weight matching"
+    ),
     "cross-layer": Method(
         "weightspace.align.cross_layer", "cross_layer", "Nguyen et al. 2023, CLAFusion", needs_inputs=True,
         one_wiring=False,
