@@ -65,6 +65,7 @@ def test_fresh_runs_are_inside_and_their_accuracy_is_in_the_interval(tmp_path: P
     assert covered.error < 0.1
     rows = {(r.question, r.measure): r for r in retrieval(shipped(), {"fresh": samples}, draws=20)}
     assert rows["permuted and rescaled copy", "encoder"].figures[1].value == 1.0
+    assert rows["permuted and rescaled copy", "both"].figures[1].value == 1.0
     assert rows["permuted and rescaled copy", "chance"].figures[1].value == pytest.approx(1 / 8)
     assert rows["copy with 10% noise", "encoder"].figures[10].value == 1.0
 
