@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from weightspace.cli import app
 from weightspace.errors import WeightspaceError
 from weightspace.mergeability.measure import STRANGERS, families, measure_population, read_rows
 from weightspace.mergeability.prior import STRANGERS as STRANGE
@@ -171,3 +174,18 @@ def test_a_plan_that_makes_no_sense_is_refused(
     with pytest.raises(WeightspaceError, match="lower `least`"):
         make(zoo, zoo / "merges.jsonl", tmp_path, plan={**SMALL, "least": 1000}, measure_more=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_makes_the_model_from_what_is_there(
+    made: tuple[Path, Path, Prior, list[dict[str, object]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo, _, _, table = made
+    shutil.copytree(zoo, tmp_path / "models" / "merging")
+    monkeypatch.chdir(tmp_path)
+    given = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    found = CliRunner().invoke(app, ["train", "merge", *given, "--json"])
+    assert found.exit_code == 0, found.output
+    figures = json.loads(found.stdout)["figures"]
+    assert [r["method"] for r in figures] == [r["method"] for r in table]
+    assert figures[0]["error"] == pytest.approx(float(str(table[0]["error"])))
+    assert Prior.load(tmp_path / "runs" / "merge").methods == made[2].methods
