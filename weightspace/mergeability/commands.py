@@ -268,8 +268,9 @@ def _pairs(pairs: Sequence[Scored], top: int) -> Table:
             str(k), m.models[0], m.models[1], best or "", *numbers, _numbers(barrier)[0] if barrier else "", *terms,
         ))  # fmt: skip
     more = f", {top} of {len(pairs)}" if len(pairs) > top else ""
+    order = "the most promising first" if pairs[0].best else "in no order, for nothing is predicted"
     return Table(
-        f"pairs, the most promising first{more}",
+        f"pairs, {order}{more}",
         ("", "model", "partner", "by", "retained", "interval", "barrier", "cosine", "sign conflict", "overlap"),
         tuple(rows),
     )

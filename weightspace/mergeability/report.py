@@ -357,7 +357,8 @@ class MergeReport:
             lines.append(f"  prediction: {next(iter(self.predictions.values())).applicability}")
         pairs = self.ranked(2)
         if len(pairs) > 1:
-            lines.append(f"  pairs, the most promising first ({len(pairs)} in all; .ranked(), .groups(), .suggest()):")
+            order = "the most promising first" if pairs[0].best else "in no order"
+            lines.append(f"  pairs, {order} ({len(pairs)} in all; .ranked(), .groups(), .suggest()):")
             lines += [
                 f"    {' + '.join(m.models)}: {f'{m.best} {m.predictions[m.best]}' if m.best else said(m.terms)}"
                 for m in pairs[:_SHOWN]
