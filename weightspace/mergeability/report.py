@@ -267,7 +267,10 @@ class MergeReport:
             raise WeightspaceError(f"there are no predictions by {method} to sharpen{known} (see the report's notes)")
         done = {frozenset(m.models) for m in self.known if m.method == method}
         names = [frozenset(self.models[i] for i in s) for s in self._sets]
-        open_ = {s: self._cells.where(s) for s, n in enumerate(names) if len(n) == 2 and n not in done}
+        told = {frozenset(m.models) for m in self.merges if method in m.predictions and m.predictions[method].known}
+        left = [s for s, n in enumerate(names) if len(n) == 2 and n not in done]
+        # Of pairs outside the range little is learned for those inside.
+        open_ = {s: self._cells.where(s) for s in [s for s in left if names[s] in told] or left}
         if not open_:
             raise WeightspaceError(f"every pair was measured by {method}: there is nothing left to learn")
         model, observed = self._state[method]
