@@ -7,122 +7,44 @@ to disappoint; a *note* is good to know.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weightspace.checkpoint import Checkpoint
 from weightspace.errors import CheckpointError, WeightspaceError
 from weightspace.mergeability import health as vitals
+from weightspace.mergeability.configuration import (
+    SILENT,
+    configuration,
+    dtype,
+    plain,
+    settings_of,
+    tokeniser,
+    vocabulary_of,
+)
+from weightspace.mergeability.flight import (
+    CHECKS,
+    Finding,
+    Flight,
+    Model,
+    Preflight,
+    Severity,
+    everything,
+    listed,
+    name_of,
+    named,
+    one_line,
+    opened,
+)
 
 if TYPE_CHECKING:
     from weightspace.mergeability.protection import Protection
     from weightspace.wiring.wiring import Wiring
-
-Severity = Literal["stop", "warning", "note"]
-Model = str | os.PathLike[str] | Checkpoint | Mapping[str, torch.Tensor]
-
-CHECKS = (
-    "adapters", "quantised", "tensors", "wiring", "configuration", "tokeniser", "dtype", "values", "equal", "ancestry",
-    "protection",
-)  # fmt: skip
-"""What ``preflight`` looks at, in this order."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was found. ``models`` are the names of those it speaks of, ``tensors`` where it lies."""
-
-    severity: Severity
-    check: str
-    models: tuple[str, ...]
-    found: str
-    expected: str
-    remedy: str
-    tensors: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        return f"{self.severity}: {self.sentence}"
-
-    @property
-    def sentence(self) -> str:
-        """All three in one line."""
-        who = f"{', '.join(self.models)}: " if self.models else ""
-        return f"{who}{self.found}; expected: {self.expected}; {self.remedy}"
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What was found before a merge. ``ok`` unless something stops it.
-
-    ``models`` and ``base`` are names; ``wiring`` is "proved", "unverified", "failed" or "none"; ``ancestry`` and
-    ``protection`` hold what those two checks measured, model by model; ``skipped`` says which checks could not be made,
-    and why. ``undone``: tensors of protected models without the protection, which compute the same.
-    """
-
-    models: tuple[str, ...]
-    base: str | None
-    wiring: str
-    findings: tuple[Finding, ...]
-    ancestry: tuple[Any, ...] = ()
-    protection: tuple[Any, ...] = ()
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    undone: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict, repr=False)
-
-    @property
-    def ok(self) -> bool:
-        """True when nothing was found that stops the merge."""
-        return not self.of("stop")
-
-    @property
-    def clean(self) -> bool:
-        """True when there is neither a stop nor a warning."""
-        return not self.of("stop") and not self.of("warning")
-
-    def of(self, severity: str | None = None, check: str | None = None) -> tuple[Finding, ...]:
-        """The findings of one severity, of one check, or both."""
-        return tuple(
-            f
-            for f in self.findings
-            if (severity is None or f.severity == severity) and (check is None or f.check == check)
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as values that ``json.dumps`` takes."""
-        return {
-            "models": list(self.models),
-            "base": self.base,
-            "ok": self.ok,
-            "wiring": self.wiring,
-            "findings": [asdict(f) for f in self.findings],
-            "ancestry": [a.to_json() for a in self.ancestry],
-            "protection": [p.to_json() for p in self.protection],
-            "skipped": dict(self.skipped),
-            "seconds": self.seconds,
-        }
-
-    def __repr__(self) -> str:
-        counts = Counter(f.severity for f in self.findings)
-        base = "no base" if self.base is None else f"base {self.base}"
-        said = ", ".join(f"{counts[s]} {s}{'s' if counts[s] != 1 else ''}" for s in ("stop", "warning", "note"))
-        verdict = "can be merged" if self.ok else "cannot be merged as they are"
-        lines = [
-            f"Preflight({len(self.models)} models, {base}: {verdict}; {said}; "
-            f"wiring {self.wiring}, {self.seconds:.1f} s)"
-        ]
-        for severity in ("stop", "warning", "note"):
-            lines += [f"  {severity:<8}{f.check}: {f.sentence}" for f in self.of(severity)]
-        lines += [f"  not made {check}: {why}" for check, why in self.skipped.items()]
-        return "\n".join(lines)
 
 
 def preflight(
@@ -161,151 +83,13 @@ def fly(
     if not given:
         raise WeightspaceError("no models were given; expected one or more paths, checkpoints or mappings of tensors")
     flight = Flight({n: opened(m) for n, m in given.items()}, None if base is None else opened(base), seed)
-    flight.base_name = None if base is None else _name(base, "base")
+    flight.base_name = None if base is None else name_of(base, "base")
     flight.given_wiring = wiring
     flight.step = step or (lambda _: None)
     for check in CHECKS:
         if check in checks:
             _STEPS[check](flight)
     return flight
-
-
-# ------------------------------------------------------------------------------------ what the checks share
-
-
-@dataclass
-class Flight:
-    """Models under examination, and what is known of them so far.
-
-    ``unlike``: models whose tensors are others than the reference's; ``broken``: with values that are not finite;
-    ``unusable``: that cannot be read as weights. None of these can be scored.
-    """
-
-    models: dict[str, Checkpoint]
-    base: Checkpoint | None
-    seed: int
-    base_name: str | None = None
-    given_wiring: Wiring | None = None
-    wiring: Wiring | None = None
-    wiring_sought: bool = False
-    findings: list[Finding] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    ancestry: list[Any] = field(default_factory=list)
-    protection: list[Any] = field(default_factory=list)
-    related: dict[str, Any] = field(default_factory=dict)
-    seen: vitals.Health | None = None
-    # Of another architecture: nothing else need be said of their settings.
-    foreign: set[str] = field(default_factory=set)
-    unlike: set[str] = field(default_factory=set)
-    broken: set[str] = field(default_factory=set)
-    unusable: set[str] = field(default_factory=set)
-    undone: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
-    step: Callable[[str], object] = field(default=lambda _: None, repr=False)
-    started: float = field(default_factory=time.perf_counter)
-
-    def report(self) -> Preflight:
-        """What was found, the gravest first."""
-        order = {"stop": 0, "warning": 1, "note": 2}
-        return Preflight(
-            tuple(self.models), self.base_name, "none" if self.wiring is None else self.wiring.status,
-            tuple(sorted(self.findings, key=lambda f: order[f.severity])), tuple(self.ancestry), tuple(self.protection),
-            self.skipped, time.perf_counter() - self.started, self.undone,
-        )  # fmt: skip
-
-    def say(
-        self, severity: Severity, check: str, models: Sequence[str] | str, found: str, expected: str, remedy: str,
-        tensors: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        who = (models,) if isinstance(models, str) else tuple(models)
-        self.findings.append(Finding(severity, check, who, found, expected, remedy, tuple(tensors)))
-
-    @property
-    def reference(self) -> tuple[str, Checkpoint]:
-        """What each model is held against: the base, or the first model that can be read as one."""
-        if self.base is not None:
-            return self.base_name or "base", self.base
-        name = next((n for n in self.models if n not in self.unusable), next(iter(self.models)))
-        return name, self.models[name]
-
-    def others(self) -> dict[str, Checkpoint]:
-        """The models but the reference."""
-        reference = self.reference[1]
-        return {n: c for n, c in self.models.items() if c is not reference}
-
-    def find_wiring(self) -> Wiring | None:
-        """The reference's wiring, sought once."""
-        if not self.wiring_sought:
-            self.wiring_sought = True
-            self.wiring = self.given_wiring
-            if self.wiring is None:
-                from weightspace.wiring import wiring as find
-
-                try:
-                    self.wiring = find(self.reference[1])
-                except WeightspaceError as error:
-                    self.skipped["wiring"] = _one_line(error)
-        return self.wiring
-
-
-def named(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
-    """Models by name: that of the file or folder, with as many of the folders above as tell them apart."""
-    if isinstance(models, str | os.PathLike | Checkpoint):
-        models = [models]
-    if isinstance(models, Mapping):
-        if models and all(isinstance(v, torch.Tensor) for v in models.values()):
-            raise WeightspaceError(
-                "the models are a mapping of tensors, which is one model; expected a list of models, or a mapping of "
-                "names to models"
-            )
-        return {str(n): m for n, m in models.items()}
-    listed = list(models)
-    names = [_name(model, f"model {i}") for i, model in enumerate(listed)]
-    for parts in (2, 3, 4):
-        often = Counter(names)
-        names = [_name(m, n, parts) if often[n] > 1 else n for n, m in zip(names, listed, strict=True)]
-    found: dict[str, Model] = {}
-    for name, model in zip(names, listed, strict=True):
-        unique, k = name, 2
-        while unique in found:
-            unique, k = f"{name} ({k})", k + 1
-        found[unique] = model
-    return found
-
-
-def _name(model: Model, otherwise: str, parts: int = 1) -> str:
-    path = model.path if isinstance(model, Checkpoint) else model if isinstance(model, str | os.PathLike) else None
-    if path is None:
-        return otherwise
-    return "/".join(Path(path).absolute().parts[-parts:])
-
-
-def opened(model: Model) -> Checkpoint:
-    """A model as a checkpoint: a file or folder (also ``file!member``), a checkpoint, or a mapping of tensors."""
-    from weightspace.checkpoint import from_tensors
-    from weightspace.checkpoint import open as open_checkpoint
-
-    if isinstance(model, Checkpoint):
-        return model
-    if not isinstance(model, str | os.PathLike):
-        if not isinstance(model, Mapping) or not all(isinstance(v, torch.Tensor) for v in model.values()):
-            raise WeightspaceError(
-                f"found {type(model).__name__} as a model, expected a path, a checkpoint or a mapping of tensors"
-            )
-        return from_tensors(model)
-    text = os.fspath(model)
-    if "!" in text and not Path(text).exists():
-        path, _, member = text.partition("!")
-        return open_checkpoint(path, member=member)
-    return open_checkpoint(model)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(map(str, names[:most]))
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 # ------------------------------------------------------------------------------------ adapters, quantisation
@@ -331,7 +115,7 @@ def _adapters(f: Flight) -> None:
         except CheckpointError as error:
             f.unusable.add(name)
             f.say(
-                "stop", "adapters", name, f"a LoRA adapter that does not fit the base ({_one_line(error)})",
+                "stop", "adapters", name, f"a LoRA adapter that does not fit the base ({one_line(error)})",
                 "an adapter of this base", "give the base that it was trained on",
             )  # fmt: skip
         else:
@@ -346,7 +130,7 @@ _MARKS = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".quant_state"
 
 
 def _quantised(f: Flight) -> None:
-    for name, model in _all(f).items():
+    for name, model in everything(f).items():
         says = (model.config or {}).get("quantization_config")
         types = model.metadata.get("tensor_types") if model.format == "gguf" else None
         plain = ("F32", "F16", "BF16", "F64")
@@ -364,16 +148,12 @@ def _quantised(f: Flight) -> None:
         method = f" ({says.get('quant_method')})" if isinstance(says, Mapping) and says.get("quant_method") else ""
         f.say(
             "warning" if gguf and not whole else "stop", "quantised", name,
-            f"quantised weights{method}: {_listed(kinds)} in {len(whole) or len(types or ()) or 'some'} tensors",
+            f"quantised weights{method}: {listed(kinds)} in {len(whole) or len(types or ()) or 'some'} tensors",
             "weights in float32, float16 or bfloat16", "dequantise it, or take the model that was quantised",
             (*whole, *marked),
         )  # fmt: skip
         if not gguf:
             f.unusable.add(name)
-
-
-def _all(f: Flight) -> dict[str, Checkpoint]:
-    return {**({f.base_name or "base": f.base} if f.base is not None else {}), **f.models}
 
 
 # ------------------------------------------------------------------------------------ names, shapes, wiring
@@ -392,7 +172,7 @@ def _tensors(f: Flight) -> None:
             share = len(missing) / len(reference)
             if share > 0.5:
                 f.foreign.add(name)
-            also = f", and {len(extra)} that {against} has not ({_listed(extra)})" if extra else ""
+            also = f", and {len(extra)} that {against} has not ({listed(extra)})" if extra else ""
             prefix = _prefix(reference, model)
             remedy = (
                 f"the names differ by the prefix {prefix!r}: rename them"
@@ -404,8 +184,8 @@ def _tensors(f: Flight) -> None:
                 remedy = "drop what is additional, or merge only what both have"
             f.say(
                 "stop" if share > 0 or deeper else "warning", "tensors", name,
-                f"{len(missing)} of {len(reference)} tensors of {against} are absent ({_listed(missing)}){also}"
-                if missing else f"{len(extra)} tensors that {against} has not ({_listed(extra)})",
+                f"{len(missing)} of {len(reference)} tensors of {against} are absent ({listed(missing)}){also}"
+                if missing else f"{len(extra)} tensors that {against} has not ({listed(extra)})",
                 f"the names of {against}", remedy, (*missing, *extra),
             )  # fmt: skip
         differing = [t for t in reference if t in model and model.shape(t) != reference.shape(t)]
@@ -524,7 +304,7 @@ def _wiring(f: Flight) -> None:
         try:
             other = find(model)
         except WeightspaceError as error:
-            f.skipped[f"wiring of {name}"] = _one_line(error)
+            f.skipped[f"wiring of {name}"] = one_line(error)
             continue
         apart = _apart(wiring, other)
         if apart:
@@ -539,9 +319,9 @@ def _one_network(one: Checkpoint, two: Checkpoint) -> bool:
     told = [c.metadata.get("model_config") for c in (one, two)]
     if told[0] is not None:
         return bool(told[0] == told[1])
-    silent = _SILENT - {"architectures", "pruned_heads", "vocab_size"}
+    silent = SILENT - {"architectures", "pruned_heads", "vocab_size"}
     known = [{k: v for k, v in (c.config or {}).items() if k not in silent} for c in (one, two)]
-    return bool(known[0].get("model_type")) and _plain(known[0]) == _plain(known[1])
+    return bool(known[0].get("model_type")) and plain(known[0]) == plain(known[1])
 
 
 def _apart(one: Wiring, two: Wiring) -> str:
@@ -562,188 +342,6 @@ def _apart(one: Wiring, two: Wiring) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------ configuration, tokeniser, dtype
-
-_STOPS = {
-    "model_type", "hidden_act", "hidden_activation", "activation_function", "activation", "hidden_size", "n_embd",
-    "num_attention_heads", "n_head", "num_key_value_heads", "num_hidden_layers", "n_layer", "head_dim", "rope_theta",
-    "rope_scaling", "rope_parameters", "position_embedding_type", "intermediate_size", "patch_size",
-    "tie_word_embeddings",
-    "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps", "sliding_window", "partial_rotary_factor",
-    "image_size", "num_channels", "scale_attn_weights", "final_logit_softcapping", "attn_logit_softcapping",
-    "n_inner", "num_experts_per_tok", "num_local_experts", "network",
-}  # fmt: skip
-_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
-_SILENT = {
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "output_attentions",
-    "output_hidden_states", "return_dict", "torchscript", "gradient_checkpointing", "_attn_implementation",
-    "_commit_hash",
-    "finetuning_task", "task_specific_params", "vocab_size", "quantization_config", "pruned_heads", "auto_map",
-}  # fmt: skip
-_EPSILONS = ("eps", "epsilon")
-
-
-def _configuration(f: Flight) -> None:
-    """Entries of the configuration that change the function, the labels, or only the run."""
-    against, reference = f.reference
-    known = settings_of(reference)
-    if not known:
-        return
-    for name, model in f.others().items():
-        given = settings_of(model)
-        if name in f.unusable or name in f.foreign or not given or model.format == "peft":
-            continue
-        differing = [k for k in sorted({*known, *given} - _SILENT) if _plain(known.get(k)) != _plain(given.get(k))]
-        for key in (k for k in differing if k in _STOPS):
-            eps = key.endswith(_EPSILONS)
-            f.say(
-                "warning" if eps or key == "tie_word_embeddings" else "stop", "configuration", name,
-                f"{key} is {_short(given.get(key))}", f"{_short(known.get(key))} as in {against}",
-                "the tensors mean different functions under these settings: merge models of one configuration, or say "
-                "which one the merged model takes" if not eps else "say which one the merged model takes",
-            )  # fmt: skip
-        labels = [k for k in differing if k in _LABELS]
-        if labels:
-            theirs, ours = (_labels(x) for x in (given, known))
-            f.say(
-                "warning", "configuration", name,
-                f"labels {_short(theirs)}", f"{_short(ours)} as in {against}",
-                "the outputs mean different classes: keep a head for each, or bring the labels into one order",
-            )  # fmt: skip
-        rest = [k for k in differing if k not in _STOPS and k not in _LABELS]
-        if rest:
-            f.say(
-                "note", "configuration", name,
-                f"the configuration differs in {_listed([f'{k} ({_short(given.get(k))})' for k in rest])}",
-                f"that of {against}", "say which one the merged model takes",
-            )  # fmt: skip
-
-
-def settings_of(model: Checkpoint) -> dict[str, Any]:
-    """The configuration, with the network that a record of the zoo describes."""
-    found = dict(model.config or {})
-    record = model.metadata.get("weightspace")
-    if isinstance(record, str):
-        try:
-            record = json.loads(record)
-        except ValueError:
-            record = None
-    if isinstance(record, Mapping) and isinstance(record.get("network"), Mapping):
-        found["network"] = dict(record["network"])
-    return found
-
-
-def _labels(config: Mapping[str, Any]) -> Any:
-    named = config.get("id2label")
-    if isinstance(named, Mapping):
-        return [str(named[k]) for k in sorted(named, key=lambda k: int(k) if str(k).isdigit() else 0)]
-    return config.get("num_labels")
-
-
-def _plain(x: Any) -> str:
-    return json.dumps(x, sort_keys=True, default=str)
-
-
-def _short(x: Any) -> str:
-    text = x if isinstance(x, str) else _plain(x)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _tokeniser(f: Flight) -> None:
-    """The vocabularies that lie beside the weights, compared as mappings of tokens to numbers."""
-    against, reference = f.reference
-    known = vocabulary_of(reference)
-    for name, model in f.others().items():
-        given = vocabulary_of(model)
-        if known is None or given is None or known == given:
-            continue
-        if not isinstance(known, dict) or not isinstance(given, dict):
-            f.say(
-                "warning", "tokeniser", name, "the tokeniser's files are others", f"those of {against}",
-                "check that both were made with one vocabulary",
-            )  # fmt: skip
-            continue
-        moved = sum(1 for t, i in known.items() if t in given and given[t] != i)
-        added, gone = len(given.keys() - known.keys()), len(known.keys() - given.keys())
-        only_more = not moved and not gone
-        f.say(
-            "warning" if only_more else "stop", "tokeniser", name,
-            f"a vocabulary of {len(given):,} tokens: {moved:,} with another number, {added:,} new, {gone:,} absent",
-            f"the {len(known):,} of {against}",
-            "take the rows of the common tokens, and decide about the new ones" if only_more
-            else "bring both embeddings into one order of tokens before merging",
-        )  # fmt: skip
-
-
-_WHOLE = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-
-
-def vocabulary_of(model: Checkpoint) -> dict[str, int] | str | None:
-    """Tokens and their numbers from the files beside a model; a hash where the file is binary; None without files.
-
-    Looks at tokenizer.json, vocab.json (with added_tokens.json), vocab.txt and sentencepiece models of a local folder.
-    """
-    if model.path is None:
-        return None
-    folder = model.path if model.path.is_dir() else model.path.parent
-    if model.format not in ("hf-folder", "peft") and not (folder / "config.json").is_file():
-        return None
-    tokens: dict[str, int] = {}
-    try:
-        if (folder / "tokenizer.json").is_file():
-            told = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            vocab = told.get("model", {}).get("vocab", {})
-            if isinstance(vocab, list):
-                tokens = {str(entry[0]): i for i, entry in enumerate(vocab)}
-            elif isinstance(vocab, dict):
-                tokens = {str(t): int(i) for t, i in vocab.items()}
-            tokens |= {str(t["content"]): int(t["id"]) for t in told.get("added_tokens", ()) if "content" in t}
-            return tokens or None
-        if (folder / "vocab.json").is_file():
-            for file in ("vocab.json", "added_tokens.json"):
-                if (folder / file).is_file():
-                    told = json.loads((folder / file).read_text(encoding="utf-8"))
-                    tokens |= {str(t): int(i) for t, i in told.items()}
-            return tokens
-        if (folder / "vocab.txt").is_file():
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-            return {t: i for i, t in enumerate(lines)}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
-        return f"unreadable: {_one_line(error)}"
-    import hashlib
-
-    for file in _WHOLE:
-        if (folder / file).is_file():
-            return hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    return None
-
-
-def _dtype(f: Flight) -> None:
-    kinds = {n: _main_dtype(c) for n, c in _all(f).items() if n not in f.unusable}
-    names = {n: str(d).removeprefix("torch.") for n, d in kinds.items() if d is not None}
-    if len(set(names.values())) > 1:
-        said = ", ".join(f"{n} {d}" for n, d in names.items())
-        f.say(
-            "note", "dtype", (), f"element types differ: {said}", "one type",
-            "merging computes in float32; choose the type of the result (dtype=)",
-        )  # fmt: skip
-    for name, model in _all(f).items():
-        mixed = Counter(
-            str(d).removeprefix("torch.") for d in model.dtypes.values() if d.is_floating_point and d.itemsize >= 2
-        )
-        if len(mixed) > 1:
-            said = ", ".join(f"{d} × {n}" for d, n in mixed.most_common())
-            f.say("note", "dtype", name, f"several element types: {said}", "one type", "each tensor keeps its own")
-
-
-def _main_dtype(model: Checkpoint) -> torch.dtype | None:
-    counts: Counter[torch.dtype] = Counter()
-    for t, d in model.dtypes.items():
-        if d.is_floating_point:
-            counts[d] += math.prod(model.shape(t))
-    return counts.most_common(1)[0][0] if counts else None
-
-
 # ------------------------------------------------------------------------------------ values
 
 
@@ -755,14 +353,14 @@ def _values(f: Flight) -> None:
         if broken:
             f.broken.add(who)
             f.say(
-                "stop", "values", who, f"{sum(broken.values()):,} values are not finite, in {_listed(list(broken))}",
+                "stop", "values", who, f"{sum(broken.values()):,} values are not finite, in {listed(list(broken))}",
                 "finite weights", "take an earlier checkpoint: every method would spread them", list(broken),
             )  # fmt: skip
     for name in f.models:
         if found.constant.get(name):
             tensors = found.constant[name]
             f.say(
-                "warning", "values", name, f"{len(tensors)} tensors hold one value only ({_listed(tensors)})",
+                "warning", "values", name, f"{len(tensors)} tensors hold one value only ({listed(tensors)})",
                 f"trained values, as in {against}", "check that the file is whole; leave these tensors out", tensors,
             )  # fmt: skip
         if found.dead.get(name):
@@ -876,7 +474,7 @@ def _ancestry(f: Flight) -> None:
         elif found.relation == "same ancestor" and found.lost:
             f.say(
                 "note", "ancestry", name,
-                f"{len(found.lost)} tensors show no trace of {against} ({_listed(found.lost)})",
+                f"{len(found.lost)} tensors show no trace of {against} ({listed(found.lost)})",
                 "correspondence in every layer", "layers made anew, such as a head, or moved ones: merge without them",
                 found.lost,
             )  # fmt: skip
@@ -928,7 +526,7 @@ def _protection(f: Flight) -> None:
                     held = held or Reference(reference, wiring)
                     found = examine(model, held, wiring)
             except UnprovedWiringError as error:
-                f.skipped["protection"] = _one_line(error)
+                f.skipped["protection"] = one_line(error)
                 return
         _found(f, name, found)
 
@@ -940,7 +538,7 @@ def _large(f: Flight, models: Mapping[str, Checkpoint], wiring: Wiring) -> None:
     try:
         kinds = kinds_of(f.reference[1])
     except WeightspaceError as error:
-        f.skipped["protection"] = _one_line(error)
+        f.skipped["protection"] = one_line(error)
         return
     for name, model in models.items():
         f.step(f"protection of {name}")
@@ -962,7 +560,7 @@ def _found(f: Flight, name: str, found: Protection) -> None:
     moved = list(dict.fromkeys(f"{e.kind} ({e.factor})" for e in found.evidence))
     f.say(
         "stop", "protection", name,
-        f"moved inside its orbit, so that it computes the same and cannot be averaged: {_listed(moved)}; "
+        f"moved inside its orbit, so that it computes the same and cannot be averaged: {listed(moved)}; "
         f"distance to {against} {found.before:.2f}, and {found.after:.2f} once that is undone",
         "neurons, heads and scales as in the base",
         "merge the undone copy, which computes the same (`.undone` of this report; on the command line "
@@ -972,7 +570,7 @@ def _found(f: Flight, name: str, found: Protection) -> None:
 
 _STEPS = {
     "adapters": _adapters, "quantised": _quantised, "tensors": _tensors, "wiring": _wiring,
-    "configuration": _configuration, "tokeniser": _tokeniser, "dtype": _dtype, "values": _values, "equal": _equal,
+    "configuration": configuration, "tokeniser": tokeniser, "dtype": dtype, "values": _values, "equal": _equal,
     "ancestry": _ancestry, "protection": _protection,
 }  # fmt: skip
 
