@@ -207,7 +207,7 @@ def train(
 
     `train merge` makes the model behind `score` anew: the population of the recipe merging and its measured merges
     where they are missing (models/merging), training, a model card. --set changes entries of its plan, such as trees=60
-    or metanet=true.
+    or metanet=false.
     """
     if source == "merge":
         from weightspace.mergeability.training import make
