@@ -85,3 +85,13 @@ def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     # A skeleton of other shapes does not account for the file.
     other = save(tmp_path / "o.pt", {"q.weight": torch.zeros(7, 5), "q.bias": torch.zeros(7)})
     assert ws.wiring(other).origin != "catalogue:mine"
+
+
+def test_inputs_that_the_network_does_not_take_are_shown() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(TypeError) as caught:
+        ws.wiring(net, (torch.rand(2, 3),))
+    assert "ran Sequential on (tuple); example inputs are given as for its forward" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError) as other:
+        ws.wiring(net, torch.rand(2, 5))
+    assert "((2, 5))" in other.value.__notes__[0]

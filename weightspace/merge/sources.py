@@ -192,8 +192,9 @@ def plan(
             actions.append(Action(name, first.shapes[name], dtype or first.dtypes[name], reason))
     if refused:
         more = f"\n  … and {len(refused) - _SHOWN:,} more" if len(refused) > _SHOWN else ""
+        strangers = "These seem to be different networks. " if len(refused) > max(2, len(names) // 2) else ""
         error = MergeError(
-            f"{len(refused):,} of {len(names):,} tensors cannot be merged; nothing was written.\n  "
+            f"{strangers}{len(refused):,} of {len(names):,} tensors cannot be merged; nothing was written.\n  "
             + "\n  ".join(refused[:_SHOWN]) + more
         )  # fmt: skip
         error.add_note(f"models: {', '.join(m.label for m in everyone)}")

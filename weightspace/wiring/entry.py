@@ -44,7 +44,16 @@ def wiring(x: Any, *args: Any, prove: bool = True, seed: int = 0, **kwargs: Any)
     if isinstance(x, nn.Module):
         from weightspace.wiring.module import program_from_module
 
-        return from_program(program_from_module(x, args, kwargs), prove=prove, seed=seed)
+        program = program_from_module(x, args, kwargs)
+        try:
+            return from_program(program, prove=prove, seed=seed)
+        except (TypeError, ValueError, RuntimeError) as error:
+            shapes = ", ".join(_shown(a) for a in (*program.args, *program.kwargs.values()))
+            error.add_note(
+                f"weightspace ran {type(x).__name__} on ({shapes}); example inputs are given as for its forward, one "
+                "after the other: ws.wiring(module, x, y)"
+            )
+            raise
     if isinstance(x, str | os.PathLike):
         from weightspace.checkpoint import open as open_checkpoint
 
@@ -61,6 +70,12 @@ def wiring(x: Any, *args: Any, prove: bool = True, seed: int = 0, **kwargs: Any)
         f"cannot wire a {type(x).__name__}; expected an nn.Module with example inputs, a path, a Checkpoint, "
         "a transformers config, or a Program"
     )
+
+
+def _shown(x: Any) -> str:
+    """An example input in a few words."""
+    shape = getattr(x, "shape", None)
+    return type(x).__name__ if shape is None else str(tuple(shape))
 
 
 def from_program(program: Program, *, prove: bool = True, seed: int = 0) -> Wiring:
