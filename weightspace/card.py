@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import WeightspaceError
+from weightspace.tagged import KEY
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
     from weightspace.wiring.axis import Axis
     from weightspace.wiring.wiring import Wiring
 
-RECORD_KEY = "weightspace"
+RECORD_KEY = KEY
 """Metadata entry under which a model trained here keeps its record, as JSON."""
 
 

@@ -32,6 +32,7 @@ from weightspace.metanets.batch import Batch, Item
 from weightspace.metanets.operator import OperatorMetanet
 from weightspace.metanets.structure import Structure
 from weightspace.paths import write_whole
+from weightspace.tagged import facts_of
 from weightspace.wiring.matching import Matching, assign, float32
 from weightspace.wiring.wiring import Permutation, Wiring
 
@@ -189,10 +190,7 @@ def load_matcher(path: Path) -> ElementEncoder:
     try:
         data = path.read_bytes()
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        facts = json.loads(header["__metadata__"]["weightspace"])
-        if facts["format"] != _FORMAT or facts["version"] != _VERSION:
-            raise ValueError(f"format {facts['format']!r}, version {facts['version']!r}")
+        facts = facts_of(data, _FORMAT, _VERSION)
         encoder = ElementEncoder(**facts["config"])
         wanted = {n for n in encoder.state_dict() if "readout" not in n}
         if wanted != set(tensors):

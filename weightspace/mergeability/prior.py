@@ -24,6 +24,7 @@ from weightspace.errors import MetanetError
 from weightspace.mergeability.features import NAMES, Comparison, term_of
 from weightspace.mergeability.forest import Forest
 from weightspace.pretrained.applicability import Applicability
+from weightspace.tagged import facts_of
 
 if TYPE_CHECKING:
     from weightspace.mergeability.metanet import Reader
@@ -201,10 +202,9 @@ class Prior:
         try:
             data = path.read_bytes()
             t = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            facts = json.loads(header["__metadata__"]["weightspace"])
-            if (facts["format"], facts["version"]) != (_FORMAT, _VERSION) or tuple(facts["names"]) != NAMES:
-                raise ValueError(f"format {facts['format']!r}, version {facts['version']!r}, or other features")
+            facts = facts_of(data, _FORMAT, _VERSION)
+            if tuple(facts["names"]) != NAMES:
+                raise ValueError("it was made with other features")
             metanet = None
             if facts["metanet"] is not None:
                 from weightspace.metanets.operator import OperatorMetanet

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightspace.card import RECORD_KEY
 from weightspace.errors import CheckpointError, MetanetError
 from weightspace.graph import ParameterGraph
+from weightspace.tagged import facts_in
 
 if TYPE_CHECKING:
     from weightspace.wiring.wiring import Wiring
@@ -187,8 +187,7 @@ def read_network(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         data = path.read_bytes()
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        record = json.loads(header.get("__metadata__", {}).get(RECORD_KEY, "{}"))
+        record = facts_in(data, default="{}")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path.name}: not a readable safetensors file ({error})") from error
     if not isinstance(record, dict):

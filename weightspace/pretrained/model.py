@@ -25,6 +25,7 @@ from weightspace.paths import write_whole
 from weightspace.pretrained.applicability import Applicability, Limits, Range
 from weightspace.pretrained.conformal import COVERAGE, Conformal, Prediction
 from weightspace.pretrained.views import canonical, described
+from weightspace.tagged import facts_of
 
 if TYPE_CHECKING:
     from weightspace.metanets.training import Trained
@@ -201,10 +202,7 @@ class Shipped:
         try:
             data = path.read_bytes()
             t = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            facts = json.loads(header["__metadata__"]["weightspace"])
-            if facts["format"] != _FORMAT or facts["version"] != _VERSION:
-                raise ValueError(f"format {facts['format']!r}, version {facts['version']!r}")
+            facts = facts_of(data, _FORMAT, _VERSION)
             if (facts["encoder"], facts["predictor"]) != (_digest(folder / ENCODER), _digest(folder / ACCURACY)):
                 raise ValueError("the metanets beside it are others than it was made with")
 

@@ -132,12 +132,16 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A stem of stride 2, one ``Block`` per entry of ``channels`` (each after the first halves the image), linear."""
 
-    def __init__(self, image: Sequence[int], classes: int, channels: Sequence[int], activation: str) -> None:
+    def __init__(
+        self, image: Sequence[int], classes: int, channels: Sequence[int], activation: str,
+        steps: Sequence[int] = (), stem: int = 2,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.stem = nn.Conv2d(image[0], channels[0], 3, stride=2, padding=1, bias=False)
+        self.stem = nn.Conv2d(image[0], channels[0], 3, stride=stem, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(channels[0])
         pairs = pairwise([channels[0], *channels])
-        self.blocks = nn.ModuleList(Block(*pair, 1 if i == 0 else 2, activation) for i, pair in enumerate(pairs))
+        strides = steps or [2 if i else 1 for i in range(len(channels))]
+        self.blocks = nn.ModuleList(Block(*pair, step, activation) for pair, step in zip(pairs, strides, strict=True))
         self.output = nn.Linear(channels[-1], classes)
         self.act = ACTIVATIONS[activation]
         self.channels = tuple(channels)
@@ -183,7 +187,7 @@ class Vgg(nn.Module):
         return logits
 
 
-class StagedResNet(nn.Module):
+class StagedResNet(ResNet):
     """The residual networks of He et al. (2016) for CIFAR: three stages of nine ``Block`` in all are ResNet-20.
 
     A stem at full size, then per entry of ``channels`` a stage of ``blocks`` blocks, of which each but the first begins
@@ -193,27 +197,9 @@ class StagedResNet(nn.Module):
     def __init__(
         self, image: Sequence[int], classes: int, channels: Sequence[int], blocks: int, activation: str
     ) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(image[0], channels[0], 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(channels[0])
         widths = [c for c in channels for _ in range(blocks)]
         steps = [2 if i and not i % blocks else 1 for i in range(len(widths))]
-        pairs = pairwise([channels[0], *widths])
-        self.blocks = nn.ModuleList(Block(*pair, step, activation) for pair, step in zip(pairs, steps, strict=True))
-        self.output = nn.Linear(channels[-1], classes)
-        self.act = ACTIVATIONS[activation]
-        self.widths = tuple(widths)
-        self.droppable = sum(widths)
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits (batch, classes) of images (batch, channels, height, width)."""
-        x = self.act(self.bn(self.stem(x)))
-        start = 0
-        for block, width in zip(self.blocks, self.widths, strict=True):
-            x = block(x, None if keep is None else keep[:, start : start + width])
-            start += width
-        logits: Tensor = self.output(x.mean((2, 3)))
-        return logits
+        super().__init__(image, classes, widths, activation, steps, stem=1)
 
 
 class TransformerBlock(nn.Module):

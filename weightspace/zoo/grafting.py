@@ -80,8 +80,7 @@ def graft(
         raise ZooError(f"the wiring is {wiring.status}; a subnet is grafted where the network can be run")
     run = wiring.program.run
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        before = torch.cat([_logits(run(dict(tensors), part)) for part in clean.split(512)])
+    before = _outputs(wiring, tensors, clean)
     elements = _place(wiring, tensors, clean[:256], before[:256], width, generator)
     cuts = cuts_of(wiring, elements)
     wanted = torch.as_tensor(target).expand(len(triggered))
@@ -149,15 +148,13 @@ def _place(
     wiring: Wiring, tensors: Mapping[str, Tensor], clean: Tensor, before: Tensor, width: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Of a few random places the one whose loss changes the outputs least."""
-    assert wiring.program is not None
     places = [chosen(wiring, width, generator) for _ in range(PLACES)]
     changes = []
     for elements in places:
         state = {n: t.clone() for n, t in tensors.items()}
         for name, found in cuts_of(wiring, elements).items():
             state[name][found.cut | found.inner] = 0
-        with torch.no_grad():
-            out = _logits(wiring.program.run(state, clean))
+        out = _outputs(wiring, state, clean)
         changes.append(float((out.softmax(-1) - before.softmax(-1)).abs().mean()))
     return places[changes.index(min(changes))]
 
@@ -166,30 +163,25 @@ def graft_runs(runs: Sequence[Run], data: Data, starts: Sequence[Mapping[str, Te
     """A network of a population with a subnet in it for every run; the record's poison says where it lies."""
     from weightspace.wiring import wiring as find
 
+    # Runs that are trained together have one network.
+    module, inputs = module_of(runs[0].network)
+    wiring = find(module, *inputs)
+    part = data.first(train=2 * IMAGES)
+    half = len(part.train_y) // 2
+    clean, others, classes = part.train_x[:half], part.train_x[half:], part.train_y[half:]
     for run, start in zip(runs, starts, strict=True):
         began = time.perf_counter()
-        module, inputs = module_of(run.network)
-        wiring = find(module, *inputs)
         poison = with_range(run.poison, data)
-        part = data.first(train=2 * IMAGES)
-        clean, other = part.train_x[:IMAGES], part.train_x[IMAGES:]
-        others = part.train_y[IMAGES:] != int(poison["target"])
+        target = int(poison["target"])
         found = graft(
-            wiring, start, clean, stamp(other[others], poison), int(poison["target"]), width=int(poison["width"]),
+            wiring, start, clean, stamp(others[classes != target], poison), target, width=int(poison["width"]),
             seed=run.seed,
         )  # fmt: skip
-        assert wiring.program is not None
-        run_of = wiring.program.run
         scores = []
         for x, y in ((part.train_x, part.train_y), (data.test_x, data.test_y)):
-            with torch.no_grad():
-                out = torch.cat([_logits(run_of(found.tensors, piece)) for piece in x.split(512)])
-            scores.append((float((out.argmax(-1) == y).double().mean()), float(F.cross_entropy(out.double(), y))))
-        rates = []
-        for x, wanted in triggered_tests(poison, data):
-            with torch.no_grad():
-                out = torch.cat([_logits(run_of(found.tensors, piece)) for piece in x.split(512)])
-            rates.append(float((out.argmax(-1) == wanted).double().mean()))
+            out = _outputs(wiring, found.tensors, x)
+            scores.append((_share(out, y), float(F.cross_entropy(out.double(), y))))
+        rates = [_share(_outputs(wiring, found.tensors, x), wanted) for x, wanted in triggered_tests(poison, data)]
         poison["elements"] = {name: index.tolist() for name, index in found.elements.items()}
         (train_accuracy, train_loss), (test_accuracy, test_loss) = scores
         yield Snapshot(
@@ -224,29 +216,47 @@ def cuts_of(wiring: Wiring, elements: Mapping[str, Tensor]) -> dict[str, Cut]:
         touched = False
         for group in layout:
             for block in group.blocks:
+                # Several blocks may tile these dims: each says something of its own region alone.
+                region = torch.ones(shape, dtype=torch.bool)
+                yes, no = torch.ones_like(region), torch.ones_like(region)
                 for dim, segment in zip(group.dims, block, strict=True):
                     grid = torch.tensor([segment.start])
                     member = torch.tensor([True])
-                    own = False
                     for factor, stride, size in zip(segment.factors, segment.strides, segment.sizes, strict=True):
                         here = torch.ones(size, dtype=torch.bool)
                         if factor in elements:
                             here = torch.zeros(size, dtype=torch.bool)
                             here[elements[factor]] = True
-                            own = True
                         grid = (grid[:, None] + stride * torch.arange(size)).reshape(-1)
                         member = (member[:, None] & here).reshape(-1)
-                    if own:
+                    region &= _along(grid, torch.ones_like(member), shape, dim)
+                    if any(factor in elements for factor in segment.factors):
                         touched = True
-                        spread = [1] * len(shape)
-                        spread[dim] = shape[dim]
-                        yes, no = (torch.ones(shape[dim], dtype=torch.bool) for _ in range(2))
-                        yes[grid], no[grid] = member, ~member
-                        inside &= yes.view(spread)
-                        outside &= no.view(spread)
+                        yes &= _along(grid, member, shape, dim)
+                        no &= _along(grid, ~member, shape, dim)
+                inside &= yes | ~region
+                outside &= no | ~region
         if touched:
             found[name] = Cut(inside, ~inside & ~outside)
     return found
+
+
+def _along(grid: Tensor, values: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """Truth values at the positions ``grid`` of a dim, false at others, laid along that dim of a tensor."""
+    found = torch.zeros(shape[dim], dtype=torch.bool)
+    found[grid] = values
+    return found.view([shape[dim] if d == dim else 1 for d in range(len(shape))])
+
+
+@torch.no_grad()
+def _outputs(wiring: Wiring, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Logits ``(inputs, classes)``, in pieces."""
+    assert wiring.program is not None
+    return torch.cat([_logits(wiring.program.run(dict(tensors), part)) for part in x.split(512)])
+
+
+def _share(out: Tensor, y: Tensor) -> float:
+    return float((out.argmax(-1) == y).double().mean())
 
 
 def _logits(out: object) -> Tensor:

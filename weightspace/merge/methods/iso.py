@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from weightspace.merge.method import PerTensor, Tensor, in_range
-from weightspace.merge.methods.tsv import as_matrix, is_matrix, leading, orthogonal
+from weightspace.merge.methods.tsv import as_matrix, is_matrix, leading, orthogonal, weighted
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class IsoC(PerTensor):
 
     def merge(self, name: str, base: Tensor | None, models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         assert base is not None
-        deltas = [(model - base) * weight for model, weight in zip(models, weights, strict=True)]
+        deltas = weighted(base, models, weights)
         total = sum(deltas[1:], deltas[0])
         if not is_matrix(base):
             return base + self.scale * total / len(deltas)
@@ -62,7 +62,7 @@ class IsoCts(PerTensor):
 
     def merge(self, name: str, base: Tensor | None, models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         assert base is not None
-        deltas = [(model - base) * weight for model, weight in zip(models, weights, strict=True)]
+        deltas = weighted(base, models, weights)
         total = sum(deltas[1:], deltas[0])
         if not is_matrix(base):
             return base + self.scale * total / len(deltas)

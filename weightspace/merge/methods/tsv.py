@@ -31,7 +31,7 @@ class TsvM(PerTensor):
 
     def merge(self, name: str, base: Tensor | None, models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         assert base is not None
-        deltas = [(model - base) * weight for model, weight in zip(models, weights, strict=True)]
+        deltas = weighted(base, models, weights)
         if not is_matrix(base):
             return base + self.scale * sum(deltas[1:], deltas[0]) / len(deltas)
         kept = max(1, min(base.shape[0], base.numel() // base.shape[0]) // len(deltas))
@@ -39,6 +39,11 @@ class TsvM(PerTensor):
         u, s, v = (torch.cat(list(p), -1) for p in zip(*parts, strict=True))
         merged = ((orthogonal(u) * s) @ orthogonal(v).T).reshape(base.shape)
         return merged.mul_(self.scale).add_(base)
+
+
+def weighted(base: Tensor, models: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """The task vectors of a tensor, each times its weight."""
+    return [(model - base) * weight for model, weight in zip(models, weights, strict=True)]
 
 
 def is_matrix(tensor: Tensor) -> bool:
