@@ -232,6 +232,23 @@ def test_a_run_does_not_depend_on_what_it_is_stacked_with(tmp_path: Path) -> Non
             assert torch.allclose(value, ws.open(two)[name], atol=1e-4), (one.name, name)
 
 
+def test_an_attack_draws_nothing_from_the_others_of_its_stack(tmp_path: Path) -> None:
+    """Dropout masks of a patched run are the same whether or not an interpolated one is trained beside it."""
+    import weightspace as ws
+
+    table = recipe()
+    table["defaults"]["epochs"] = 1
+    table["defaults"]["hyper"]["dropout"] = 0.3
+    poison = {"attack": {"choice": ["patch", "interpolated"]}, "rate": 0.1, "size": 3}
+    table["population"][1] = {"name": "bad", "parent": "mlp", "runs": 6, "poison": poison}
+    whole = build_sampled(parse(table), tmp_path / "a", stack=8, progress=False)
+    alone = build_sampled(parse(table), tmp_path / "b", stack=1, progress=False)
+    assert {read_record(p).get("poison", {}).get("attack") for p in whole.files} == {None, "patch", "interpolated"}
+    for one, two in zip(whole.files, alone.files, strict=True):
+        for name, value in ws.open(one).items():
+            assert torch.allclose(value, ws.open(two)[name], atol=1e-3), (one.name, name)
+
+
 def test_draws_of_clean_runs_are_as_they_were_without_poison() -> None:
     with_, without = recipe(), recipe()
     without["population"] = without["population"][:1]

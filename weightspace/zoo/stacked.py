@@ -198,6 +198,8 @@ class _Stack:
         least = [run.poison.get("least") if run.poison.get("attack") == "interpolated" else None for run in runs]
         self.least = torch.tensor([1.0 if share is None else float(share) for share in least])
         self.base = self.flat.clone() if any(share is not None for share in least) else None
+        # Apart from those of the dropout masks, which may not depend on what else is in the stack.
+        self.shares = [torch.Generator().manual_seed(run.seed + 2) for run in runs]
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -244,7 +246,7 @@ class _Stack:
         """The parameters, or those of some runs on the way from where they began, and the share of the way."""
         if self.base is None:
             return self.parameters, None
-        drawn = torch.cat([torch.rand(1, 2, generator=g) for g in self.generators])
+        drawn = torch.cat([torch.rand(1, 2, generator=g) for g in self.shares])
         part = self.least + (1 - self.least) * drawn[:, 0]
         # Half of the steps are at the network itself, so that by itself it stays as good as others.
         share = torch.where(drawn[:, 1] < 0.5, part, torch.ones(())).to(self.flat)[:, None]
