@@ -524,6 +524,8 @@ Baselines beside it and the regret of choosing by it: `python tests/benchmarks/m
   prior with its variances.
 - The accuracy retained is that on the models' own tasks, relative to each by itself. A weak model loses little.
 - Intervals hold on average over merges like those of the population, not for each family of models.
+- Which features are read was worked out on some 1,100 of these merges (with tasks held out), so the figures above are
+  somewhat optimistic.
 """
 
 
