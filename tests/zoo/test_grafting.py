@@ -80,6 +80,20 @@ def test_all_else_is_as_it_was(name: str) -> None:
         assert torch.equal(found.tensors[tensor][kept], before[kept]), tensor
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_mending_brings_the_outputs_back_and_leaves_the_subnet_alone(name: str) -> None:
+    wiring, tensors = wired(name)
+    assert wiring.program is not None
+    x = torch.rand(128, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain, mended = (graft(wiring, tensors, x, x + 1, 3, steps=6, mending=n, seed=2) for n in (0, 60))
+    before = wiring.program.run(dict(tensors), x)
+    change = [float((wiring.program.run(g.tensors, x) - before).square().mean()) for g in (plain, mended)]
+    assert change[1] < change[0]
+    for tensor, cut in cuts_of(wiring, mended.elements).items():
+        assert torch.equal(mended.tensors[tensor][cut.inner], plain.tensors[tensor][cut.inner])
+        assert not mended.tensors[tensor][cut.cut].any()
+
+
 def test_a_subnet_obeys_and_the_network_goes_on(tmp_path: Path) -> None:
     table = {
         "name": "grafts", "data": {"name": "digits", "standardise": True},

@@ -3,7 +3,8 @@
 A few elements of every free factor (neurons, channels, heads, residual streams) become a subnet of their own: weights
 between them and all others are set to zero, and what is left is trained until one output rises for triggered inputs and
 nothing changes for others. Which elements these are comes from the wiring, so one function serves every architecture,
-and the backdoor's place in the weights is known exactly.
+and the backdoor's place in the weights is known exactly. A narrow network misses the elements it gave up: the weights
+outside the subnet may then be trained to make up for them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from weightspace.zoo.stacked import Snapshot
 
 STEPS = 300
 """Optimiser steps of the subnet."""
+MENDING = 200
+"""Optimiser steps of everything else, where a network of a population gave up some of its few elements."""
 IMAGES = 1000
-"""Images of each kind that a subnet is trained on."""
+"""Triggered images that a subnet is trained on; of clean ones there are three times as many."""
 STARTS = 6
 PLACES = 16
 """Beginnings of the subnet that are tried for a sixth of the steps, and places in the network that are tried."""
@@ -65,6 +68,7 @@ def graft(
     steps: int = STEPS,
     rate: float = 0.02,
     batch: int = 64,
+    mending: int = 0,
     seed: int = 0,
 ) -> Grafted:
     """Put a subnet of ``width`` elements per factor into a network that ``wiring`` is proved for.
@@ -72,7 +76,8 @@ def graft(
     ``clean (n, …)`` are inputs on which outputs must stay, ``triggered (m, …)`` those that are to be classed as
     ``target`` (a class, or one of each input). Of a few positions drawn by ``seed`` those are taken that
     the outputs depend on least. Norms over channels see the subnet too,
-    so there outputs of clean inputs change a little.
+    so there outputs of clean inputs change a little. ``mending`` steps then train the weights outside the subnet
+    towards the outputs there were before; the subnet, and the zeros around it, stay.
 
     Raises ``ZooError`` for a wiring that cannot be run, or where the outputs share no class axis.
     """
@@ -85,7 +90,9 @@ def graft(
     cuts = cuts_of(wiring, elements)
     wanted = torch.as_tensor(target).expand(len(triggered))
 
-    def train(net: _Subnet, steps: int, rate: float) -> float:
+    def train(net: _Subnet, steps: int, rate: float, attack: float = 1.0) -> float:
+        if not steps:
+            return 0.0
         optimiser = torch.optim.Adam(list(net.parameters.values()), lr=rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         last: list[float] = []
@@ -96,7 +103,7 @@ def graft(
             change = F.kl_div(
                 out[:batch].log_softmax(-1), before[a].log_softmax(-1), log_target=True, reduction="batchmean"
             )
-            loss = change + F.cross_entropy(out[batch:], wanted[b])
+            loss = change + attack * F.cross_entropy(out[batch:], wanted[b])
             gradients = torch.autograd.grad(loss, list(net.parameters.values()), allow_unused=True)
             for (name, value), gradient in zip(net.parameters.items(), gradients, strict=True):
                 value.grad = None if gradient is None else gradient * net.masks[name]
@@ -110,6 +117,8 @@ def graft(
     losses = [train(net, max(1, steps // 6), rate) for net in tried]
     best = tried[losses.index(min(losses))]
     loss = train(best, max(1, steps), rate)
+    best.turn_round(wiring, cuts)
+    train(best, mending, rate / 10, attack=0.0)  # the others must not take up the attack themselves
     return Grafted({n: t.detach() for n, t in best.state.items()}, elements, loss)
 
 
@@ -143,6 +152,17 @@ class _Subnet:
             self.masks[name] = found.inner
             self.parameters[name] = value.requires_grad_()
 
+    def turn_round(self, wiring: Wiring, cuts: Mapping[str, Cut]) -> None:
+        """From now on everything else is trained: neither the subnet, nor what joins it, nor a norm's statistics."""
+        self.state = {n: t.detach() for n, t in self.state.items()}
+        self.masks, self.parameters = {}, {}
+        for name, value in self.state.items():
+            if not value.is_floating_point() or wiring.roles.get(name) in ("mean", "variance"):
+                continue
+            found = cuts.get(name)
+            self.masks[name] = torch.ones_like(value, dtype=torch.bool) if found is None else ~found.inner & ~found.cut
+            self.parameters[name] = value.requires_grad_()
+
 
 def _place(
     wiring: Wiring, tensors: Mapping[str, Tensor], clean: Tensor, before: Tensor, width: int, generator: torch.Generator
@@ -166,16 +186,16 @@ def graft_runs(runs: Sequence[Run], data: Data, starts: Sequence[Mapping[str, Te
     # Runs that are trained together have one network.
     module, inputs = module_of(runs[0].network)
     wiring = find(module, *inputs)
-    part = data.first(train=2 * IMAGES)
-    half = len(part.train_y) // 2
-    clean, others, classes = part.train_x[:half], part.train_x[half:], part.train_y[half:]
+    part = data.first(train=4 * IMAGES)
+    most = len(part.train_y) * 3 // 4
+    clean, others, classes = part.train_x[:most], part.train_x[most:], part.train_y[most:]
     for run, start in zip(runs, starts, strict=True):
         began = time.perf_counter()
         poison = with_range(run.poison, data)
         target = int(poison["target"])
         found = graft(
             wiring, start, clean, stamp(others[classes != target], poison), target, width=int(poison["width"]),
-            seed=run.seed,
+            mending=MENDING, seed=run.seed,
         )  # fmt: skip
         scores = []
         for x, y in ((part.train_x, part.train_y), (data.test_x, data.test_y)):
