@@ -1,0 +1,172 @@
+"""Where a backdoor sits: subnets that were planted are found, and no position of an element plays a part."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import weightspace as ws
+from weightspace.backdoor.localise import locate, response
+from weightspace.backdoor.outputs import NoClassesError
+from weightspace.backdoor.subnets import APART, separation
+from weightspace.backdoor.subspace import Subspace
+from weightspace.errors import UnprovedWiringError, WeightspaceError
+from weightspace.wiring.wiring import Wiring
+from weightspace.zoo.description import module_of
+from weightspace.zoo.grafting import graft
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "mlp": {"kind": "mlp", "input": [1, 8, 8], "classes": 5, "widths": [24, 16], "activation": "relu"},
+    "cnn": {
+        "kind": "cnn", "input": [1, 8, 8], "classes": 5, "channels": [10, 12, 14], "strides": [1, 2, 1], "same": True,
+        "kernels": [3, 3, 3], "residuals": [False, False, False], "norm": "batch", "activation": "relu",
+    },
+    "resnet": {"kind": "resnet", "input": [1, 8, 8], "classes": 5, "channels": [8, 12], "activation": "relu"},
+    "vit": {
+        "kind": "vit", "input": [1, 8, 8], "classes": 5, "patch": 4, "dim": 16, "depth": 1, "heads": 4, "hidden": 24,
+        "activation": "gelu",
+    },
+}  # fmt: skip
+
+
+@cache
+def wired(name: str) -> tuple[Wiring, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    module, inputs = module_of(NETWORKS[name])
+    module.eval()
+    return ws.wiring(module, *inputs), {n: t.detach().clone() for n, t in module.state_dict().items()}
+
+
+@cache
+def planted(name: str, width: int = 1) -> tuple[Wiring, dict[str, Tensor], dict[str, Tensor]]:
+    wiring, tensors = wired(name)
+    x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    stamped = x.clone()
+    stamped[..., :2, :2] = 2
+    found = graft(wiring, tensors, x, stamped, 3, width=width, steps=30, seed=5)
+    return wiring, found.tensors, dict(found.elements)
+
+
+def moved(wiring: Wiring, elements: dict[str, Tensor], seed: int) -> tuple[Any, dict[str, Tensor]]:
+    permutation = wiring.random(seed)
+    return permutation, {
+        name: torch.nonzero(torch.isin(permutation.index[name], index)).flatten() for name, index in elements.items()
+    }
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_planted_subnet_is_found_wherever_it_lies(name: str, width: int) -> None:
+    wiring, tensors, elements = planted(name, width)
+    for seed in (0, 1):
+        permutation, where = moved(wiring, elements, seed)
+        found = locate(wiring, wiring.apply(permutation, tensors))
+        assert found.method == "cut"
+        assert found.size == sum(map(len, where.values()))
+        assert {(e.factor, *e.index) for e in found.ranked[: found.size]} == {
+            (n, int(i)) for n, index in where.items() for i in index
+        }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_without_a_subnet_have_none(name: str) -> None:
+    wiring, tensors = wired(name)
+    assert separation(wiring, tensors).conductance > APART + 0.2
+    assert locate(wiring, tensors, target=1).method == "response"
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_a_cut_that_is_not_clean_is_seen(name: str) -> None:
+    wiring, tensors, elements = planted(name)
+    noisy = {
+        n: t + 0.02 * t.std() * torch.randn(t.shape, generator=torch.Generator().manual_seed(3)) if t.dim() > 1 else t
+        for n, t in tensors.items()
+    }
+    found = separation(wiring, noisy)
+    assert found.apart
+    assert {n: i.tolist() for n, i in found.group.items()} == {n: i.tolist() for n, i in elements.items()}
+
+
+@settings(max_examples=8, deadline=None)
+@given(name=st.sampled_from(["mlp", "resnet", "vit"]), seed=st.integers(0, 2**31))
+def test_scores_move_with_the_elements(name: str, seed: int) -> None:
+    wiring, tensors = wired(name)
+    permutation = wiring.random(seed)
+    other = wiring.apply(permutation, tensors)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(8, 1, 8, 8, generator=generator)
+    y = x.clone()
+    y[..., 2:5, 2:5] = 1
+    for before, after in (
+        (separation(wiring, tensors).scores, separation(wiring, other).scores),
+        (response(wiring, tensors, x, y), response(wiring, other, x, y)),
+    ):
+        for factor, score in before.items():
+            index = permutation._of(factor)
+            over = wiring.factors[factor].over
+            rows = permutation._grid(over) if over else []
+            expected = score[(*(r.unsqueeze(-1).expand(index.shape) for r in rows), index)] if over else score[index]
+            torch.testing.assert_close(after[factor], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_subspace_is_kept_whole(tmp_path: Path) -> None:
+    wiring, tensors = wired("cnn")
+    found = locate(wiring, tensors, target=2)
+    again = Subspace.load(found.save(tmp_path / "subspace.safetensors"))
+    assert again.to_dict() == found.to_dict()
+    assert repr(again) == repr(found)
+    for label, basis in found.blocks.items():
+        for a, b in zip(basis, again.blocks[label], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_carried_is_a_part_of_the_block(name: str) -> None:
+    """``U S Vᵀ`` is the block behind a projection: taken off, the block no longer reads those directions."""
+    wiring, tensors = wired(name)
+    for label, basis in locate(wiring, tensors, target=2).blocks.items():
+        before = tensors[basis.tensor]
+        after = basis.without(before)
+        assert after.shape == before.shape
+        torch.testing.assert_close(basis.put(before, basis.matrix(before)), before, rtol=0, atol=0)
+        left = basis.matrix(after) @ basis.V
+        assert float(left.abs().max()) < 1e-4 * max(1.0, float(before.abs().max())), label
+        eye = torch.eye(basis.rank)
+        torch.testing.assert_close(basis.V.T @ basis.V, eye, atol=1e-4, rtol=0)
+        torch.testing.assert_close(basis.U.T @ basis.U, eye, atol=1e-4, rtol=0)
+
+
+def test_without_its_blocks_a_subnet_is_gone() -> None:
+    wiring, tensors, elements = planted("cnn")
+    found = locate(wiring, tensors)
+    out = dict(tensors)
+    for basis in found.blocks.values():
+        out[basis.tensor] = basis.without(out[basis.tensor])
+    for name, index in elements.items():
+        for tensor in wiring.tensors_of(name):
+            if wiring.roles[tensor] != "weight":
+                continue
+            for d, axis in enumerate(wiring[tensor]):
+                if axis.name == name:
+                    assert float(out[tensor].index_select(d, index).abs().max()) < 1e-5
+
+
+def test_refusals(tmp_path: Path) -> None:
+    wiring, tensors = wired("mlp")
+    with pytest.raises(WeightspaceError, match="no class 9"):
+        locate(wiring, tensors, target=9)
+    with pytest.raises(UnprovedWiringError, match="unverified"):
+        locate(wiring.with_(status="unverified"), tensors)
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    with pytest.raises(WeightspaceError, match="no subspace"):
+        Subspace.load(tmp_path / "x.safetensors")
+    module, inputs = module_of({"kind": "siren", "input": [2], "classes": 1, "widths": [8, 8], "omega": 30})
+    with pytest.raises(NoClassesError):
+        locate(ws.wiring(module, *inputs), module.state_dict())
