@@ -7,12 +7,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Several processes share the cores, so each of them computes on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint tests pretrain wheel clean help
+.PHONY: demo test lint tests pretrain pretrain-backdoor docs wheel clean help
 
 help:
 	@echo "make demo   train the starter zoo, index it, show similar models and a model card"
 	@echo "make test   ruff, mypy and the tests"
 	@echo "make pretrain  train the pretrained metanets anew, with the populations that are missing (hours)"
+	@echo "make docs   write the API reference into site/"
+	@echo "make pretrain-backdoor  train the backdoor detector anew, with its population (hours)"
 	@echo "make wheel  build dist/*.whl"
 	@echo "make clean  remove what these targets made"
 
@@ -44,8 +46,14 @@ test: lint tests
 pretrain: $(VENV)/.dev
 	$(BIN)/python -m weightspace.pretrained
 
+docs: $(VENV)/.dev
+	$(BIN)/python docs/reference.py site
+
+pretrain-backdoor: $(VENV)/.dev
+	$(BIN)/weightspace train backdoor --zoo models/backdoors --out weightspace/backdoor/files
+
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis models/starter
+	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis models/starter
