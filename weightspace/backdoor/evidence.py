@@ -1,0 +1,151 @@
+"""Evidence of a backdoor that needs no training: numbers of every class, of the network and of its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weightspace.backdoor.margins import Box, explore
+from weightspace.backdoor.null import cauchy, class_p_values, largest_p_value, outlier
+from weightspace.backdoor.outputs import ClassAxis, check_finite, class_axis, parts_of
+from weightspace.backdoor.spectra import by_factor, folded, isolation, leading, lipschitz
+from weightspace.backdoor.tokens import TOKEN_TESTS, explore_words, vocabulary
+from weightspace.backdoor.weights_tests import ROW_TESTS, row_tests
+from weightspace.errors import WeightspaceError
+from weightspace.wiring.wiring import Wiring
+
+Array = NDArray[np.float64]
+
+INPUT_TESTS = ("noise_mean", "noise_share", "noise_std", "margin", "margin_mean", "universal", "patch")
+CLASS_TESTS = (*ROW_TESTS, *INPUT_TESTS, *TOKEN_TESTS)
+"""Columns of ``Evidence.classes``; larger is more suspicious in each."""
+TELLING = ("universal", "margin", "word_rise")
+"""Tests that are combined into the p-value of a network without a reference."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What stands out in a network.
+
+    ``values (classes, tests)``: the tests ``names`` as they are; ``classes``: how far each class lies above the others,
+    in their standard deviations (see ``null.outlier``). Tests in ``missing`` could not be done for this network
+    (no images, no tokens); their columns are 0. ``whole``: numbers of the network. ``channels``: name of a score ->
+    factor -> ``(*over, size)``, distance from the median channel in median absolute deviations. ``p_values``: of each
+    test done; ``p_value`` of the telling ones together. ``target``: classes, most suspicious first.
+    """
+
+    names: tuple[str, ...]
+    values: Array
+    classes: Array
+    whole: Mapping[str, float]
+    channels: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
+    p_values: Mapping[str, float]
+    p_value: float
+    target: tuple[int, ...]
+    missing: tuple[str, ...]
+    axis: ClassAxis = field(repr=False)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """A number per test for a null: the most extreme class of each, and the numbers of the whole network."""
+        done = [(i, n) for i, n in enumerate(self.names) if n not in self.missing]
+        return {n: float(self.classes[:, i].max()) for i, n in done} | dict(self.whole)
+
+
+def evidence(
+    wiring: Wiring, tensors: Mapping[str, Tensor], *, base: Mapping[str, Tensor] | None = None,
+    siblings: Sequence[Mapping[str, Tensor]] = (), inputs: Tensor | None = None, seed: int = 0,
+) -> Evidence:  # fmt: skip
+    """Evidence of a backdoor in a network whose wiring is proved.
+
+    ``inputs (n, …)``: a few clean examples. Raises ``UnprovedWiringError`` for wirings that are not proved,
+    ``NoClassesError`` where outputs are no classes, and ``WeightspaceError`` for weights that are not finite.
+    """
+    axis = class_axis(wiring, tensors)
+    check_finite(tensors)
+    state = {n: t.detach() for n, t in tensors.items()}
+    parts = folded(wiring, state)
+    cells = parts_of(wiring).cells
+    values = row_tests(axis, state, parts)
+    values |= _through_inputs(wiring, state, axis, inputs, seed)
+    missing = tuple(n for n in CLASS_TESTS if n not in values)
+    zero = torch.zeros(axis.classes, dtype=torch.float64)
+    table = torch.stack([values.get(n, zero) for n in CLASS_TESTS], 1).numpy()
+    table = np.nan_to_num(table, nan=0.0, posinf=1e12, neginf=-1e12)
+    firsts, gaps = leading(parts, cells)
+    found = {"lipschitz": lipschitz(parts, cells), "isolation": isolation(parts, cells), "leading": firsts}
+    channels = {name: by_factor(score, cells, wiring) for name, score in found.items()}
+    whole = {f"channel_{n}": max((float(s.max()) for s in c.values()), default=0.0) for n, c in channels.items()}
+    whole["gap_largest"] = max(gaps.values(), default=0.0)
+    return _judged(axis, table, missing, whole, channels)
+
+
+def _judged(
+    axis: ClassAxis, table: Array, missing: tuple[str, ...], whole: Mapping[str, float],
+    channels: Mapping[str, Mapping[str, Tensor]],
+) -> Evidence:  # fmt: skip
+    each = class_p_values(table)
+    alone = largest_p_value(each)
+    done = {n: float(p) for n, p in zip(CLASS_TESTS, alone, strict=True) if n not in missing}
+    telling = [CLASS_TESTS.index(n) for n in TELLING if n not in missing] or [CLASS_TESTS.index("row_sum")]
+    by_class = cauchy(each[:, telling])
+    return Evidence(
+        names=CLASS_TESTS, values=table, classes=outlier(table), whole=whole, channels=channels, p_values=done,
+        p_value=float(cauchy(alone[telling])), target=tuple(int(k) for k in np.argsort(by_class, kind="stable")),
+        missing=missing, axis=axis,
+    )  # fmt: skip
+
+
+def box_of(wiring: Wiring, inputs: Tensor | None = None) -> Box:
+    """Bounds within which inputs are looked for: those of the examples, else two standard deviations about 0.
+
+    The range of each channel of examples ``(n, channels, …)`` is taken; without any, inputs count as standardised.
+    """
+    assert wiring.program is not None
+    shape = wiring.program.args[0].shape[1:]
+    if inputs is None:
+        return Box(torch.tensor(-2.0), torch.tensor(2.0))
+    if tuple(inputs.shape[1:]) != tuple(shape):
+        raise WeightspaceError(f"inputs of {tuple(inputs.shape[1:])}; the network was proved for {tuple(shape)}")
+    x = inputs.float()
+    if x.dim() < 3:
+        return Box(x.amin(), torch.maximum(x.amax(), x.amin() + 1e-6))
+    flat = x.transpose(0, 1).flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    return Box(*(v.view(-1, *[1] * (x.dim() - 2)) for v in (low, torch.maximum(high, low + 1e-6))))
+
+
+def run_logits(wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis) -> Callable[[Tensor], Tensor] | None:
+    """The network as a function of one input, float32; None where it takes several."""
+    program = wiring.program
+    assert program is not None
+    if len(program.args) != 1 or program.kwargs or not isinstance(program.args[0], Tensor):
+        return None
+    state = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    return lambda x: axis.logits(program.run(state, x))
+
+
+def _through_inputs(
+    wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis, inputs: Tensor | None, seed: int
+) -> dict[str, Tensor]:
+    logits = run_logits(wiring, tensors, axis)
+    if logits is None:
+        return {}
+    assert wiring.program is not None
+    example = wiring.program.args[0]
+    generator = torch.Generator().manual_seed(seed)
+    if not example.is_floating_point():
+        words = vocabulary(wiring)
+        if example.dim() != 2 or words < 2:
+            return {}
+        return explore_words(logits, example.shape[1], words, axis.classes, generator)
+    shape = tuple(int(n) for n in example.shape[1:])
+    return explore(logits, shape, axis.classes, box_of(wiring, inputs), generator)
+
+
+__all__ = ["CLASS_TESTS", "TELLING", "Evidence", "box_of", "evidence", "run_logits"]
