@@ -177,7 +177,8 @@ def train(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder of networks, or a recipe (built where it is not yet); or merge: the merge-ability model."
+            help="A folder of networks, or a recipe (built where it is not yet); or merge: the merge-ability model; or "
+            "backdoor: the detector behind scan."
         ),
     ],
     task: Annotated[
@@ -196,6 +197,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
     patience: Annotated[int, typer.Option(help="Epochs without progress before it stops (0: never).")] = 0,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
+    zoo: Annotated[
+        list[Path] | None, typer.Option("--zoo", help="Of backdoor: folders of populations (models/backdoors).")
+    ] = None,
     split_by: Annotated[str, typer.Option(help="What stays together: lineage, group (runs) or a field.")] = "lineage",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is in the folder, do not resume.")] = False,
@@ -208,7 +212,25 @@ def train(
     `train merge` makes the model behind `score` anew: the population of the recipe merging and its measured merges
     where they are missing (models/merging), training, a model card. --set changes entries of its plan, such as trees=60
     or metanet=false.
+
+    `train backdoor` makes the detector behind `scan` anew from populations of the recipe backdoors (--zoo, built where
+    they are missing): metanets, evidence heads, calibration, a model card. --set changes its options, such as parts=3,
+    epochs=10 or metanet=false.
     """
+    if source == "backdoor":
+        from weightspace.backdoor.commands import make as make_detector
+
+        made = out or Path("runs/backdoor")
+        detector = make_detector(
+            zoo or [Path("models/backdoors")], made, cache=Path("runs/backdoor-evidence"), progress=_to_stderr(),
+            seed=seed, **_settings(setting),
+        )  # fmt: skip
+        if as_json:
+            _print_json({"folder": str(made), "figures": dict(detector.figures)})
+            return
+        shown = [(k, f"{v:.3f}" if isinstance(v, float) else str(v)) for k, v in detector.figures.items()]
+        _console().print(_table(f"networks held out with their ancestry; {made}", ("figure", "value"), shown))
+        return
     if source == "merge":
         from weightspace.mergeability.training import make
 
@@ -375,6 +397,51 @@ def score(
         raise typer.Exit(2)
 
 
+@app.command()
+def scan(
+    models: Annotated[list[str], typer.Argument(help="A model file, file!member, or a folder of models.")],
+    base: Annotated[str | None, typer.Option("--base", "-b", help="The model that they were fine-tuned from.")] = None,
+    sibling: Annotated[list[str] | None, typer.Option("--sibling", help="Another fine-tuned from this base.")] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", help="File of a few clean inputs, perhaps with a tensor called labels.")
+    ] = None,
+    level: Annotated[float, typer.Option("--level", help="Share of clean models that may be flagged.")] = 0.05,
+    detector: Annotated[
+        Path | None, typer.Option("--detector", help="Folder that `weightspace train backdoor` wrote.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per model, on a line each.")] = False,
+) -> None:
+    """How likely a model has a backdoor, and which class it serves: from its weights alone, nothing in it is executed.
+
+    Exit code 0 where none is flagged, 1 where one is, 2 where none is but something could not be scanned (or the
+    command makes no sense).
+    """
+    from weightspace.backdoor import commands
+    from weightspace.backdoor.verdict import COLUMNS, dumps, row, summary
+
+    try:
+        found = commands.run(
+            models, base=base, siblings=sibling or (), inputs=inputs, level=level, detector=detector,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    except WeightspaceError as error:
+        # Exit code 1 says that a model was flagged.
+        print(f"weightspace: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if as_json:
+        if found:
+            print(dumps(found))
+    else:
+        console = _console()
+        if len(found) == 1:
+            console.print(repr(found[0]), highlight=False, markup=False, soft_wrap=True)
+        else:
+            console.print(_table(summary(found), COLUMNS, [row(v) for v in found]))
+        for line in commands.closing(found):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(commands.exit_code(found))
+
+
 @zoo_app.command("record")
 def zoo_record(
     models: Annotated[list[str], typer.Argument(help="The models that were merged: files of one zoo.")],
@@ -407,6 +474,19 @@ def zoo_record(
     _console().print(
         f"{' + '.join(kept.models)} by {kept.method}: {kept.outcome:.4g}, kept in {path}", highlight=False, markup=False
     )
+
+
+@app.command(name="app")
+def explorer(
+    zoo: Annotated[Path | None, typer.Argument(help="Folder of models (default: this one, if it is indexed).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port (default: the first free one from 8501).")] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; default: this machine alone.")] = "127.0.0.1",
+    headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
+) -> None:
+    """The explorer: a folder of models in the browser, to look at, compare, merge and distrust."""
+    from weightspace.explorer.launch import launch, nearby
+
+    raise typer.Exit(launch(zoo or nearby(), port, host, headless))
 
 
 @app.command()

@@ -1,14 +1,42 @@
-"""A progress bar on the terminal, or nothing where there is no terminal or it is not wanted."""
+"""A progress bar on the terminal, or nothing where there is no terminal or it is not wanted; or told to a listener."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+Tell = Callable[[str, int, int, str], None]
+"""``(title, done, total, word)`` of the step that was just done."""
+
+_LISTENER: ContextVar[Tell | None] = ContextVar("progress listener", default=None)
+
+
+@contextmanager
+def listening(tell: Tell) -> Iterator[None]:
+    """While this lasts, every bar that is begun in this context tells ``tell`` of its steps, and draws nothing."""
+    token = _LISTENER.set(tell)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 @contextmanager
 def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
     """A bar of ``total`` steps on standard error; call what it yields with a word on each step done."""
+    tell = _LISTENER.get()
+    if tell is not None:
+        done = 0
+
+        def told(word: str) -> None:
+            nonlocal done
+            done += 1
+            tell(title, done, total, word)
+
+        tell(title, 0, total, "")
+        yield told
+        return
     if not show or total == 0:
         yield lambda _: None
         return

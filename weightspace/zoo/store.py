@@ -30,6 +30,12 @@ SCHEMA = 2
 # Schema 1 had descriptors alone.
 _READABLE = ("1", "2")
 
+FACTS = (
+    "name", "path", "sha256", "reading", "format", "architecture", "parameters", "tensors", "bytes", "recognised",
+    "wiring", "error", "movable", "findings", "record",
+)  # fmt: skip
+"""What ``Store.facts`` gives of a model: its name, file, hash and reading, then entries of its card."""
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS files (
@@ -217,6 +223,18 @@ class Store:
         inside = np.array([bool(reading.get("inside")) for reading in readings], dtype=bool)
         return vectors, inside & np.isfinite(vectors).all(axis=1)
 
+    def facts(self) -> list[tuple[Any, ...]]:
+        """``FACTS`` of every model, in order of its name: what a table shows, without reading whole cards or vectors.
+
+        Records and readings are JSON text, as they are stored.
+        """
+        reading = "reading" if self.has_learned else "''"
+        columns = ", ".join(
+            f"json_array_length(card, '$.{name}')" if name == "findings" else f"json_extract(card, '$.{name}')"
+            for name in FACTS[4:]
+        )
+        return list(self._db.execute(f"SELECT name, path, sha256, {reading}, {columns} FROM models ORDER BY name"))
+
     def model(self, name: str) -> ModelRow | None:
         """One model by its name in the zoo."""
         found = self._rows("WHERE name = ?", (name,))
@@ -307,6 +325,22 @@ class Store:
             )
         stored = np.memmap(file, dtype="<f4", mode="r", shape=(present, dimension))
         return np.asarray(stored[np.asarray(rows)], dtype=np.float32)
+
+
+def described(folder: Path) -> dict[str, str]:
+    """What an index says of itself: ``dimension`` and ``embedding`` of its descriptors, ``learned`` of its encoder.
+
+    Raises ``ZooError`` where there is none.
+    """
+    database = folder / "index.sqlite"
+    try:
+        connection = _connect_to_read(database)
+        try:
+            return dict(connection.execute("SELECT key, value FROM meta"))
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise ZooError(f"the index {database} cannot be opened ({error})") from error
 
 
 def _connect_to_read(database: Path) -> sqlite3.Connection:

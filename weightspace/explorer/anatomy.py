@@ -1,0 +1,265 @@
+"""One network taken apart for its page: wiring table, graph, layers, channels. Everything here is picklable and small.
+
+``examine`` reads every weight once, tensor by tensor, in a worker; nothing in its result grows with the number of
+weights, so that a model of a billion parameters is shown as quickly as one of a thousand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightspace.errors import WeightspaceError
+from weightspace.progress import bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from weightspace.graph import ParameterGraph
+    from weightspace.wiring.wiring import Wiring
+
+Array = NDArray[np.float64]
+_BINS = 80
+_SAMPLE = 2_000_000
+"""Elements of a tensor that its distribution is taken of: all of them, or evenly spaced ones."""
+_EXACT = 2_000_000_000
+"""Multiplications that the singular values of a matrix may cost exactly; above, the leading ones are estimated."""
+_LEADING = 64
+_ODD = 6.0
+"""Deviations (robust ones) from the median of its axis at which a channel is called odd."""
+_LISTED = 400
+_PIECE = 1 << 24
+"""Elements that are squared at once."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tensor: its statistics, its distribution (``counts`` in ``edges``) and its singular values, where it has any.
+
+    ``exact`` is False where only the leading singular values were estimated. ``rank`` is the stable rank
+    ``|W|² / σ₁²``, NaN for vectors.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    mean: float
+    std: float
+    low: float
+    high: float
+    norm: float
+    zeros: float
+    broken: int
+    counts: Array = field(repr=False)
+    edges: Array = field(repr=False)
+    values: Array = field(repr=False)
+    exact: bool = True
+
+    @property
+    def rank(self) -> float:
+        if not len(self.values) or not self.values[0]:
+            return float("nan")
+        return float((self.values**2).sum() / self.values[0] ** 2)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The elements of one axis: norms of what comes into each and of what goes out (NaN where nothing does)."""
+
+    axis: str
+    kind: str
+    into: Array = field(repr=False)
+    out: Array = field(repr=False)
+
+    def odd(self) -> list[tuple[int, str]]:
+        """Elements that are dead (nothing comes in, or nothing goes out) or far from the others, with the reason."""
+        found: dict[int, str] = {}
+        for words, values in (("incoming", self.into), ("outgoing", self.out)):
+            known = np.isfinite(values)
+            if not known.any() or not (values[known] > 0).any():
+                continue
+            for i in np.flatnonzero(known & (values == 0)):
+                found.setdefault(int(i), f"dead: its {words} weights are all zero")
+            logs = np.log(np.where(known & (values > 0), values, np.nan))
+            middle = np.nanmedian(logs)
+            spread = max(1.4826 * float(np.nanmedian(np.abs(logs - middle))), 0.02)
+            away = (logs - middle) / spread
+            for i in np.flatnonzero(np.nan_to_num(np.abs(away)) > _ODD):
+                times = float(np.exp(logs[i] - middle))
+                found.setdefault(int(i), f"odd: the norm of its {words} weights is {times:.2g} times the usual one")
+        return sorted(found.items())
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What ``examine`` found. ``graph`` is the structure alone (``ParameterGraph.describe``), None where there is none;
+    ``rows`` the wiring table: tensor, role, shape, axes. ``why`` says what is missing and why."""
+
+    card: Mapping[str, Any]
+    rows: tuple[tuple[str, str, str, str], ...]
+    layers: tuple[Layer, ...]
+    channels: tuple[Channels, ...]
+    graph: Mapping[str, Any] | None
+    why: str = ""
+
+    def layer_table(self) -> pd.DataFrame:
+        """A row per tensor."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "tensor": [x.name for x in self.layers], "role": [x.role for x in self.layers],
+                "shape": [" × ".join(map(str, x.shape)) or "1" for x in self.layers],
+                "elements": [prod(x.shape) for x in self.layers], "mean": [x.mean for x in self.layers],
+                "std": [x.std for x in self.layers], "min": [x.low for x in self.layers],
+                "max": [x.high for x in self.layers], "norm": [x.norm for x in self.layers],
+                "largest singular value": [x.values[0] if len(x.values) else np.nan for x in self.layers],
+                "stable rank": [x.rank for x in self.layers], "zeros": [x.zeros for x in self.layers],
+                "not finite": [x.broken for x in self.layers],
+            }
+        )  # fmt: skip
+
+    def odd_table(self) -> pd.DataFrame:
+        """A row per dead or odd channel."""
+        import pandas as pd
+
+        rows = [
+            (c.axis, i, why.partition(":")[0], why.partition(": ")[2], c.into[i], c.out[i])
+            for c in self.channels for i, why in c.odd()
+        ]  # fmt: skip
+        columns = ["axis", "element", "kind", "why", "incoming norm", "outgoing norm"]
+        return pd.DataFrame(rows[:_LISTED], columns=columns)
+
+
+def examine(address: str) -> Anatomy:
+    """Read a model through. Raises ``CheckpointError`` for a file that cannot be read."""
+    from weightspace.card import card_and_wiring
+    from weightspace.checkpoint import open as open_checkpoint
+    from weightspace.graph import graph as parameter_graph
+
+    checkpoint = open_checkpoint(address)
+    with bar("wiring", 1) as step:
+        card, wiring = card_and_wiring(checkpoint)
+        step("")
+    why = "" if wiring is not None else "; ".join(card.notes)
+    roles = {} if wiring is None else wiring.roles
+    names = [n for n in roles if n in checkpoint] + [n for n in checkpoint if n not in roles]
+    rows, layers = [], []
+    with bar("layers", len(names)) as step:
+        for name in names:
+            axes = () if wiring is None or name not in wiring else tuple(a.name for a in wiring[name])
+            shape = tuple(checkpoint.shape(name))
+            role = str(roles.get(name, ""))
+            rows.append((name, role, " × ".join(map(str, shape)) or "1", ", ".join(axes)))
+            layers.append(layer(name, checkpoint[name], role, axes, wiring))
+            step(name)
+    channels: list[Channels] = []
+    described = None
+    if wiring is not None:
+        try:
+            graph = parameter_graph(checkpoint, wiring)
+            described = graph.describe()
+            channels = channels_of(graph)
+        except WeightspaceError as error:
+            why = str(error)
+    return Anatomy(card.to_dict(), tuple(rows), tuple(layers), tuple(channels), described, why)
+
+
+def layer(name: str, tensor: Tensor, role: str, axes: tuple[str, ...], wiring: Wiring | None) -> Layer:
+    """Statistics, distribution and singular values of one tensor."""
+    import torch
+
+    value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    flat = value.reshape(-1)
+    step = max(1, flat.numel() // _SAMPLE)
+    some = flat[::step].double()
+    finite = some[torch.isfinite(some)]
+    broken = int((~torch.isfinite(flat)).sum()) if flat.is_floating_point() else 0
+    empty = np.zeros(0)
+    if not finite.numel():
+        nan = float("nan")
+        return Layer(name, role, tuple(tensor.shape), axes, nan, nan, nan, nan, nan, 0.0, broken, empty, empty, empty)
+    counts, edges = np.histogram(finite.numpy(), bins=min(_BINS, max(8, int(finite.numel() ** 0.5))))
+    values, exact = (empty, True)
+    if role not in ("mean", "variance", "other") and value.dim() >= 2 and min(value.shape) >= 1 and not broken:
+        values, exact = singular_values(matrix_of(name, value, wiring))
+    norm = float(finite.norm()) * float(step) ** 0.5
+    return Layer(
+        name, role, tuple(tensor.shape), axes, float(finite.mean()), float(finite.std(correction=0)),
+        float(finite.min()), float(finite.max()), norm, float((finite == 0).double().mean()), broken,
+        counts.astype(float), edges, values, exact,
+    )  # fmt: skip
+
+
+def matrix_of(name: str, value: Tensor, wiring: Wiring | None) -> Tensor:
+    """A tensor as (outputs, all that is summed over): the dim that its operation contracts joins the trailing ones."""
+    if wiring is not None and wiring.reads.get(name) == 0 and value.dim() == 2:
+        return value.T
+    return value.reshape(value.shape[0], -1)
+
+
+def singular_values(matrix: Tensor) -> tuple[Array, bool]:
+    """Singular values, largest first, and whether they are all of them: of large matrices the leading 64 are estimated
+    (Halko, Martinsson & Tropp 2011)."""
+    import torch
+
+    rows, columns = matrix.shape
+    small = min(rows, columns)
+    if small * rows * columns <= _EXACT:
+        found = torch.linalg.svdvals(matrix.float())
+        return found.double().numpy(), True
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _, found, _ = torch.svd_lowrank(matrix.float(), q=_LEADING, niter=2)
+    return found.double().numpy(), False
+
+
+def channels_of(graph: ParameterGraph) -> list[Channels]:
+    """Norms into and out of every element of every movable axis."""
+    into: dict[str, Array] = {}
+    out: dict[str, Array] = {}
+
+    with bar("channels", len(graph.blocks)) as step:
+        for block in graph.blocks:
+            tensor = graph.real(block.tensor)
+            if tensor.is_floating_point() and graph.cells[block.dst].movable | graph.cells[block.src].movable:
+                rows, columns = squares_of(block.matrix(tensor))
+                for store, cell, places, sums in (
+                    (into, block.dst, block.index(), rows), (out, block.src, block.source_index(), columns)
+                ):  # fmt: skip
+                    np.add.at(store.setdefault(cell, np.zeros(graph.cells[cell].size)), places.numpy(), sums)
+            step(block.tensor)
+    found = []
+    for name, held in graph.cells.items():
+        if not held.movable or held.size < 2 or (name not in into and name not in out):
+            continue
+        missing = np.full(held.size, np.nan)
+        found.append(
+            Channels(name, "movable", np.sqrt(into[name]) if name in into else missing,
+                     np.sqrt(out[name]) if name in out else missing)
+        )  # fmt: skip
+    return found
+
+
+def squares_of(matrix: Tensor) -> tuple[Array, Array]:
+    """Sums of squares over the columns and over the rows of ``(shared, out, in, width)``, some rows at a time."""
+    import torch
+
+    shared, out, into, width = matrix.shape
+    rows, columns = torch.zeros(shared, out, dtype=torch.float64), torch.zeros(shared, into, dtype=torch.float64)
+    at_once = max(1, _PIECE // max(1, shared * into * width))
+    for start in range(0, out, at_once):
+        squares = matrix[:, start : start + at_once].float().square().sum(-1)
+        rows[:, start : start + at_once] = squares.sum(2).double()
+        columns += squares.sum(1).double()
+    return rows.numpy(), columns.numpy()
+
+
+__all__ = ["Anatomy", "Channels", "Layer", "channels_of", "examine", "layer", "singular_values", "squares_of"]
