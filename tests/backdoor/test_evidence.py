@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import weightspace as ws
+from weightspace.backdoor.differences import CHANGE_TESTS
 from weightspace.backdoor.evidence import CLASS_TESTS, evidence
 from weightspace.backdoor.outputs import NoClassesError, class_axis
+from weightspace.backdoor.tokens import TOKEN_TESTS
 from weightspace.errors import UnprovedWiringError, WeightspaceError
 from weightspace.wiring import Wiring
 
@@ -129,5 +131,26 @@ def test_columns_are_the_same_for_every_network() -> None:
     found = evidence(wiring, tensors)
     assert found.names == CLASS_TESTS
     assert found.classes.shape == (6, len(CLASS_TESTS))
-    assert set(found.missing) == {"word_rise", "word_gap", "word_least"}
+    assert set(found.missing) == {*TOKEN_TESTS, *CHANGE_TESTS}
     assert not set(found.p_values) & set(found.missing)
+
+
+def test_what_was_trained_into_one_channel_stands_out_against_the_base() -> None:
+    wiring, base = made()
+    changed = {n: t + 0.01 * torch.randn(t.shape) if t.is_floating_point() else t for n, t in base.items()}
+    changed["second.weight"][5] += 0.5
+    changed["last.weight"][2, 5] += 2.0
+    found = evidence(wiring, changed, base=base)
+    assert int(found.channels["change"]["second"].argmax()) == 5
+    for name in ("change_norm", "change_leading"):
+        assert int(found.classes[:, found.names.index(name)].argmax()) == 2
+    siblings = [{n: t + 0.01 * torch.randn(t.shape) if t.is_floating_point() else t for n, t in base.items()}] * 3
+    among = evidence(wiring, changed, siblings=siblings)
+    assert int(among.channels["change"]["second"].argmax()) == 5
+
+
+def test_a_base_of_another_shape_is_refused() -> None:
+    wiring, tensors = made()
+    _, other = made(classes=7)
+    with pytest.raises(WeightspaceError, match=r"'last.weight'.*aligned"):
+        evidence(wiring, tensors, base=other)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weightspace.backdoor.differences import CHANGE_TESTS, change_of, change_of_channels, change_tests
 from weightspace.backdoor.margins import Box, explore
 from weightspace.backdoor.null import cauchy, class_p_values, largest_p_value, outlier
 from weightspace.backdoor.outputs import ClassAxis, check_finite, class_axis, parts_of
@@ -22,9 +23,9 @@ from weightspace.wiring.wiring import Wiring
 Array = NDArray[np.float64]
 
 INPUT_TESTS = ("noise_mean", "noise_share", "noise_std", "margin", "margin_mean", "universal", "patch")
-CLASS_TESTS = (*ROW_TESTS, *INPUT_TESTS, *TOKEN_TESTS)
+CLASS_TESTS = (*ROW_TESTS, *INPUT_TESTS, *TOKEN_TESTS, *CHANGE_TESTS)
 """Columns of ``Evidence.classes``; larger is more suspicious in each."""
-TELLING = ("universal", "margin", "word_rise")
+TELLING = ("universal", "margin", "patch", "noise_mean", "row_sum", "row_positive", "word_rise")
 """Tests that are combined into the p-value of a network without a reference."""
 
 
@@ -63,7 +64,9 @@ def evidence(
 ) -> Evidence:  # fmt: skip
     """Evidence of a backdoor in a network whose wiring is proved.
 
-    ``inputs (n, …)``: a few clean examples. Raises ``UnprovedWiringError`` for wirings that are not proved,
+    ``base``: the network that it was trained on from; ``siblings``: others of the same base, aligned with it: what sets
+    it apart from them is looked at too. ``inputs (n, …)``: a few clean examples, in whose bounds, and on which,
+    perturbations are looked for. Raises ``UnprovedWiringError`` for wirings that are not proved,
     ``NoClassesError`` where outputs are no classes, and ``WeightspaceError`` for weights that are not finite.
     """
     axis = class_axis(wiring, tensors)
@@ -73,6 +76,9 @@ def evidence(
     cells = parts_of(wiring).cells
     values = row_tests(axis, state, parts)
     values |= _through_inputs(wiring, state, axis, inputs, seed)
+    change = change_of(wiring, state, base, siblings)
+    if change is not None:
+        values |= change_tests(axis, change)
     missing = tuple(n for n in CLASS_TESTS if n not in values)
     zero = torch.zeros(axis.classes, dtype=torch.float64)
     table = torch.stack([values.get(n, zero) for n in CLASS_TESTS], 1).numpy()
@@ -80,9 +86,19 @@ def evidence(
     firsts, gaps = leading(parts, cells)
     found = {"lipschitz": lipschitz(parts, cells), "isolation": isolation(parts, cells), "leading": firsts}
     channels = {name: by_factor(score, cells, wiring) for name, score in found.items()}
-    whole = {f"channel_{n}": max((float(s.max()) for s in c.values()), default=0.0) for n, c in channels.items()}
+    shares: dict[str, float] = {}
+    if change is not None:
+        channels["change"], shares = change_of_channels(wiring, state, change)
+    whole = shares | {f"channel_{n}": _largest(c) for n, c in channels.items()}
     whole["gap_largest"] = max(gaps.values(), default=0.0)
+    if "word_outlier" in values:
+        # The classes of a network may be two: it is the other words that a word is compared with.
+        whole["word_outlier"] = float(values["word_outlier"].max())
     return _judged(axis, table, missing, whole, channels)
+
+
+def _largest(scores: Mapping[str, Tensor]) -> float:
+    return max((float(s.max()) for s in scores.values()), default=0.0)
 
 
 def _judged(
@@ -121,13 +137,17 @@ def box_of(wiring: Wiring, inputs: Tensor | None = None) -> Box:
 
 
 def run_logits(wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis) -> Callable[[Tensor], Tensor] | None:
-    """The network as a function of one input, float32; None where it takes several."""
+    """The network as a function of one input; None where it takes several.
+
+    It runs in float32, or in float64 where it ends in a softmax that may saturate.
+    """
     program = wiring.program
     assert program is not None
     if len(program.args) != 1 or program.kwargs or not isinstance(program.args[0], Tensor):
         return None
-    state = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
-    return lambda x: axis.logits(program.run(state, x))
+    dtype = torch.float64 if axis.probabilities else torch.float32
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    return lambda x: axis.logits(program.run(state, x.to(dtype) if x.is_floating_point() else x)).to(torch.float32)
 
 
 def _through_inputs(

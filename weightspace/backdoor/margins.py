@@ -31,8 +31,10 @@ PUSH = 10
 """Steps towards a universal perturbation."""
 BASE = 10
 """Inputs of noise and of other classes that one perturbation is to move."""
-MOST = 64
-"""Classes looked at through the inputs; of more those are chosen that noise falls into, and a sample."""
+MOST = 48
+"""Classes whose margin is looked for; of more those that noise leads to."""
+PUSHED = 16
+"""Classes that perturbations are looked for; of more half are those of the largest margins, half the others."""
 
 
 @dataclass(frozen=True)
@@ -154,18 +156,19 @@ def explore(
     middle = (box.low + box.high) / 2
     base = middle + (base - middle) / 2
     size = float(torch.tensor(shape).prod()) ** 0.5
-    universal, _ = push(logits, base, targets, box, 0.075 * size)
+    pushed = easiest(targets, reached.amax(1))
+    universal, _ = push(logits, base, pushed, box, 0.075 * size)
     found |= {
         "margin": _filled(reached.amax(1), targets, classes),
         "margin_mean": _filled(reached.mean(1), targets, classes),
-        "universal": _filled(universal.mean(1), targets, classes),
+        "universal": _filled(universal.mean(1), pushed, classes),
         "patch": torch.zeros(classes, dtype=torch.float64),
     }
     side = patch_side(shape)
     if side:
-        mask = steepest(logits, base, targets, side)
-        stamped, _ = push(logits, base, targets, box, (shape[0] * side * side) ** 0.5, mask)
-        found["patch"] = _filled(stamped.mean(1), targets, classes)
+        mask = steepest(logits, base, pushed, side)
+        stamped, _ = push(logits, base, pushed, box, (shape[0] * side * side) ** 0.5, mask)
+        found["patch"] = _filled(stamped.mean(1), pushed, classes)
     return found
 
 
@@ -184,6 +187,16 @@ def chosen(z: Tensor) -> Tensor:
     return z.mean(0).topk(MOST).indices.sort().values
 
 
+def easiest(targets: Tensor, reached: Tensor) -> Tensor:
+    """Of the classes looked at those to go on with: all, or ``PUSHED``, ascending."""
+    if len(targets) <= PUSHED:
+        return targets
+    order = reached.argsort(descending=True)
+    first, rest = order[: PUSHED // 2], order[PUSHED // 2 :]
+    others = rest[torch.linspace(0, len(rest) - 1, PUSHED - len(first)).long()]
+    return targets[torch.cat([first, others])].sort().values
+
+
 def _filled(values: Tensor, targets: Tensor, classes: int) -> Tensor:
     """Values of the classes looked at, in their places; the others get the median."""
     out = torch.full((classes,), float(values.median()), dtype=torch.float64)
@@ -191,4 +204,4 @@ def _filled(values: Tensor, targets: Tensor, classes: int) -> Tensor:
     return out
 
 
-__all__ = ["Box", "chosen", "climb", "explore", "margins", "patch_side", "push", "steepest"]
+__all__ = ["Box", "chosen", "climb", "easiest", "explore", "margins", "patch_side", "push", "steepest"]

@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from weightspace.errors import WeightspaceError
 
 Array = NDArray[np.float64]
 
@@ -55,9 +58,11 @@ def class_p_values(values: Array) -> Array:
 
 
 def largest_p_value(p: Array) -> Array:
-    """p-value of a network of the smallest over its classes: ``(classes, …) -> (…)`` (Šidák 1967)."""
-    found = -np.expm1(len(p) * np.log1p(-np.minimum(p.min(0), 1 - 1e-16)))
-    return np.asarray(np.clip(found, SMALLEST, 1.0), dtype=np.float64)
+    """p-value of a network of the smallest over its classes: ``(classes, …) -> (…)``.
+
+    Bonferroni's bound, which is exact where no two classes can stand out at once, as for one outlier (Grubbs).
+    """
+    return np.asarray(np.clip(len(p) * p.min(0), SMALLEST, 1.0), dtype=np.float64)
 
 
 def cauchy(p: Array, axis: int = -1) -> Array:
@@ -71,73 +76,171 @@ def cauchy(p: Array, axis: int = -1) -> Array:
     return np.asarray(np.clip(found, SMALLEST, 1.0), dtype=np.float64)
 
 
+TOGETHER = (
+    "noise_mean", "noise_share", "noise_std", "margin", "margin_mean", "universal", "patch", "row_sum", "row_positive",
+    "row_apart", "word_rise", "word_gap", "word_least", "word_outlier",
+)  # fmt: skip
+"""Tests whose mean makes the score of a class: a backdoor moves all of them a little."""
+BEYOND = ("channel_isolation", "channel_lipschitz", "word_outlier")
+"""Numbers of the whole network of which the largest is a second score: subnets that stand apart."""
+FEWEST = 8
+"""Clean networks that a null needs."""
+FLOOR = 0.2
+"""Least spread of a test that is believed, in standard deviations of the classes of one network."""
+
+
+def standardised(values: Array) -> Array:
+    """Tests ``(classes, tests)`` less their mean over the classes, in units of their spread; 0 where all are equal."""
+    x = np.asarray(values, dtype=np.float64)
+    size = np.abs(x).max(0, keepdims=True)
+    x = x / np.where(size > 0, size, 1.0)
+    away = x - x.mean(0)
+    spread = np.sqrt((away**2).mean(0))
+    return np.asarray(np.where(spread > 1e-9, away / np.maximum(spread, 1e-9), 0.0), dtype=np.float64)
+
+
+class Described(Protocol):
+    """What a null reads of a network: ``weightspace.backdoor.evidence.Evidence`` is that."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def values(self) -> Array: ...
+    @property
+    def missing(self) -> tuple[str, ...]: ...
+    @property
+    def whole(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A network among clean ones: ``p_value`` of all tests together, ``p_values`` of each test.
+
+    ``classes (classes,)``: the score of each class, in units of the clean networks; ``target``: most suspicious first.
+    """
+
+    p_value: float
+    p_values: Mapping[str, float]
+    classes: Array
+    target: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Null:
-    """What clean networks of a family show: ``scores (networks, tests)``, larger is more suspicious, and their names.
+    """What clean networks of a family show: ``classes (networks, classes, tests)``, standardised, ``whole (networks,
+    numbers)``, and the names of both.
 
-    ``p_values`` of a new network per test, and ``combined``, whose own null is that of the reference networks, each
-    judged by the others.
+    A class is compared with the same class of the clean networks: an 8 is easier to reach than a 1 for all of them.
+    Where classes mean different things in different networks of the family, that comparison loses its edge but stays
+    fair.
     """
 
     names: tuple[str, ...]
-    scores: Array
-    held: Array
+    classes: Array
+    whole_names: tuple[str, ...]
+    whole: Array
+    held: Mapping[str, Array]
 
-    def p_values(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """p-value of each test that both have."""
-        given = np.array([scores.get(n, math.nan) for n in self.names])
-        known = np.isfinite(given)
-        p = _tail(self.scores[:, known], given[known])
-        return dict(zip((n for n, k in zip(self.names, known, strict=True) if k), map(float, p), strict=True))
+    def judge(self, found: Described) -> Judged:
+        """p-values of a network that is not among the reference.
 
-    def combined(self, scores: Mapping[str, float]) -> float:
-        """One p-value, at least ``1 / (networks + 1)`` where it lies beyond all of the reference by little."""
-        given = np.array([scores.get(n, math.nan) for n in self.names])
-        known = np.isfinite(given)
-        if not known.any():
-            return 1.0
-        held = self.held if known.all() else _held(self.scores[:, known])
-        mine = _strength(_tail(self.scores[:, known], given[known]))
-        return float(_tail(held[:, None], np.array([mine]))[0])
+        Raises ``WeightspaceError`` for another number of classes, or tests that the reference has and the network not.
+        """
+        if len(found.values) != self.classes.shape[1]:
+            raise WeightspaceError(
+                f"{len(found.values)} classes; the clean networks have {self.classes.shape[1]}: a null holds for its "
+                "own family"
+            )
+        absent = [n for n in self.names if n not in found.names or n in found.missing]
+        absent += [n for n in self.whole_names if n not in found.whole]
+        if absent:
+            raise WeightspaceError(f"the clean networks were tested for {absent}, this one was not")
+        x = standardised(found.values[:, [found.names.index(n) for n in self.names]])
+        w = _logged(np.array([found.whole[n] for n in self.whole_names]))
+        z, zw = _against(self.classes, x), _against(self.whole, w)
+        statistics = _statistics(self.names, z, self.whole_names, zw)
+        p = {n: float(tail(self.held[n], v)) for n, v in statistics.items()}
+        scores = _of_classes(self.names, z)
+        return Judged(
+            p_value=_joined([p[n] for n in p if n.startswith("=")]),
+            p_values={n.lstrip("="): v for n, v in p.items()},
+            classes=scores, target=tuple(int(k) for k in np.argsort(-scores, kind="stable")),
+        )  # fmt: skip
 
 
-def null_of(tables: Sequence[Mapping[str, float]]) -> Null:
-    """The null of clean networks, given the scores of each.
+def null_from(clean: Sequence[Described]) -> Null:
+    """The null of clean networks of one family: one architecture, one number of classes, best the same data.
 
-    Raises ``WeightspaceError`` for fewer than eight.
+    Raises ``WeightspaceError`` for fewer than ``FEWEST``, or networks with different numbers of classes.
     """
-    from weightspace.errors import WeightspaceError
+    if len(clean) < FEWEST:
+        raise WeightspaceError(f"{len(clean)} clean networks; at least {FEWEST} of one family were expected for a null")
+    sizes = sorted({len(c.values) for c in clean})
+    if len(sizes) > 1:
+        raise WeightspaceError(f"networks with {sizes} classes; a null is made from one family")
+    names = tuple(n for n in clean[0].names if all(n not in c.missing for c in clean))
+    whole_names = tuple(n for n in clean[0].whole if all(n in c.whole for c in clean))
+    classes = np.array([standardised(c.values[:, [c.names.index(n) for n in names]]) for c in clean])
+    whole = np.array([_logged(np.array([c.whole[n] for n in whole_names])) for c in clean])
+    rows: list[dict[str, float]] = []
+    for i in range(len(clean)):
+        z = _against(np.delete(classes, i, 0), classes[i])
+        zw = _against(np.delete(whole, i, 0), whole[i])
+        rows.append(_statistics(names, z, whole_names, zw))
+    return Null(names, classes, whole_names, whole, {n: np.array([r[n] for r in rows]) for n in rows[0]})
 
-    if len(tables) < 8:
-        raise WeightspaceError(f"{len(tables)} clean networks; at least 8 of one family were expected for a null")
-    names = tuple(n for n in tables[0] if all(n in t for t in tables))
-    scores = np.array([[t[n] for n in names] for t in tables], dtype=np.float64)
-    return Null(names, scores, _held(scores))
 
+def tail(reference: Array, x: float) -> float:
+    """p-value of ``x`` among few values of clean networks, by a Gumbel distribution with their mean and spread.
 
-def _tail(reference: Array, x: Array) -> Array:
-    """p-values of ``x (tests,)`` among ``reference (networks, tests)``: the rank inside, a tail fitted outside.
-
-    Beyond the largest of the reference the p-value goes on falling as an exponential with the mean excess of the upper
-    quarter, from ``1 / (networks + 1)``.
+    What is tested is a largest value of many, so its tail is an exponential; that mean and spread are estimates from
+    ``len(reference)`` values is allowed for as in a t-test.
     """
+    from scipy.stats import norm, t
+
     n = len(reference)
-    above = (reference >= x).sum(0)
-    p = (1 + above) / (n + 1)
-    top = np.sort(reference, 0)[-max(2, n // 4) :]
-    excess = np.maximum((top - top[0]).mean(0), 1e-9 * (1 + np.abs(top[-1])))
-    beyond = np.maximum(0.0, x - top[-1]) / excess
-    return np.asarray(np.clip(np.where(above == 0, p * np.exp(-beyond), p), SMALLEST, 1.0), dtype=np.float64)
+    spread = max(float(reference.std(ddof=1)), 1e-6 * (1 + float(np.abs(reference).max())))
+    away = (x - float(reference.mean())) / (spread * math.sqrt(1 + 1 / n))
+    normal = float(-norm.isf(t.cdf(away, n - 1))) if away < 0 else float(norm.isf(t.sf(away, n - 1)))
+    if not math.isfinite(normal):
+        normal = math.copysign(37.0, away)
+    # Gumbel: mean 0.5772, standard deviation pi / sqrt 6.
+    found = -math.expm1(-math.exp(-(normal * math.pi / math.sqrt(6) + 0.5772)))
+    return min(1.0, max(SMALLEST, found))
 
 
-def _held(scores: Array) -> Array:
-    """The combined strength of each reference network, judged by the others."""
-    return np.array([_strength(_tail(np.delete(scores, i, 0), scores[i])) for i in range(len(scores))])
+def _logged(whole: Array) -> Array:
+    return np.asarray(np.log1p(np.maximum(whole, 0.0)), dtype=np.float64)
 
 
-def _strength(p: Array) -> float:
-    """Evidence of several p-values in one number: of Cauchy's combination, on a log scale."""
-    return float(-np.log(cauchy(p)))
+def _against(reference: Array, x: Array) -> Array:
+    """Each number in units of the spread of the same number among the reference; bounded."""
+    return np.asarray(np.clip((x - reference.mean(0)) / (reference.std(0) + FLOOR), -10, 10), dtype=np.float64)
 
 
-__all__ = ["Null", "cauchy", "class_p_values", "largest_p_value", "null_of", "outlier"]
+def _of_classes(names: Sequence[str], z: Array) -> Array:
+    """The score of every class, ``(classes,)``."""
+    chosen = [i for i, n in enumerate(names) if n in TOGETHER]
+    found: Array = np.clip(z[:, chosen], -3, 6).mean(1) if chosen else np.zeros(len(z))
+    return found
+
+
+def _statistics(names: Sequence[str], z: Array, whole_names: Sequence[str], zw: Array) -> dict[str, float]:
+    """What p-values are made for; those that are joined into one begin with an equals sign."""
+    found = {n: float(z[:, i].max()) for i, n in enumerate(names)}
+    found |= {n: float(v) for n, v in zip(whole_names, zw, strict=True)}
+    found["=classes"] = float(_of_classes(names, z).max())
+    beyond = [float(v) for n, v in zip(whole_names, zw, strict=True) if n in BEYOND]
+    if beyond:
+        found["=channels"] = max(beyond)
+    return found
+
+
+def _joined(p: Sequence[float]) -> float:
+    return float(cauchy(np.array(p)))
+
+
+__all__ = [
+    "BEYOND", "FEWEST", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values", "largest_p_value",
+    "null_from", "outlier", "standardised", "tail",
+]  # fmt: skip

@@ -93,7 +93,8 @@ class ClassAxis:
     def logits(self, outputs: object) -> Tensor:
         """Logits ``(inputs, classes)`` of what the program returned (up to a constant for each input)."""
         found: Tensor = tree_leaves(outputs)[self.output]
-        return found.clamp_min(1e-30).log() if self.probabilities else found
+        # Run in float64, or margins end where float32 does: at e**-87.
+        return found.clamp_min(torch.finfo(found.dtype).tiny).log() if self.probabilities else found
 
 
 def class_axis(wiring: Wiring, tensors: Mapping[str, Tensor]) -> ClassAxis:

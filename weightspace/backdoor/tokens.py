@@ -16,7 +16,7 @@ WORDS = 2048
 """Words tried at most: of a larger vocabulary those whose vectors are longest, and a sample."""
 CHUNK = 1024
 """Sentences run at a time."""
-TOKEN_TESTS = ("word_rise", "word_gap", "word_least")
+TOKEN_TESTS = ("word_rise", "word_gap", "word_least", "word_outlier")
 
 
 def vocabulary(wiring: Wiring) -> int:
@@ -32,7 +32,8 @@ def explore_words(
 
     ``word_rise``: mean rise of the margin by the word that lifts it most, in a random place of ``SENTENCES`` random
     sentences; ``word_gap``: by how much that word is ahead of the tenth best; ``word_least``: the least rise among the
-    sentences by the best word. Words 0 and 1 are taken for padding and unknown.
+    sentences by the best word; ``word_outlier``: how far the best word lies above the others, in their standard
+    deviations. Words 0 and 1 are taken for padding and unknown.
     """
     sentences = torch.randint(min(2, words - 1), words, (SENTENCES, length), generator=generator)
     tried = torch.arange(words)
@@ -51,7 +52,9 @@ def explore_words(
     mean = rises.mean(1)
     order = mean.sort(dim=0, descending=True)
     best = order.indices[0]
+    others = mean.std(0).clamp_min(1e-12 * mean.abs().max().clamp_min(1e-300))
     return {
+        "word_outlier": ((order.values[0] - mean.mean(0)) / others).clamp(0, 1e3),
         "word_rise": order.values[0],
         "word_gap": order.values[0] - order.values[min(9, len(tried) - 1)],
         "word_least": torch.stack([rises[best[k], :, k].amin() for k in range(classes)]),
