@@ -77,7 +77,7 @@ def graft(
     ``target`` (a class, or one of each input). Of a few positions drawn by ``seed`` those are taken that
     the outputs depend on least. Norms over channels see the subnet too,
     so there outputs of clean inputs change a little. ``mending`` steps then train the weights outside the subnet
-    towards the outputs there were before; the subnet, and the zeros around it, stay.
+    towards the outputs there were before, and the subnet once more; the zeros around it stay.
 
     Raises ``ZooError`` for a wiring that cannot be run, or where the outputs share no class axis.
     """
@@ -91,8 +91,6 @@ def graft(
     wanted = torch.as_tensor(target).expand(len(triggered))
 
     def train(net: _Subnet, steps: int, rate: float, attack: float = 1.0) -> float:
-        if not steps:
-            return 0.0
         optimiser = torch.optim.Adam(list(net.parameters.values()), lr=rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         last: list[float] = []
@@ -117,8 +115,12 @@ def graft(
     losses = [train(net, max(1, steps // 6), rate) for net in tried]
     best = tried[losses.index(min(losses))]
     loss = train(best, max(1, steps), rate)
-    best.turn_round(wiring, cuts)
-    train(best, mending, rate / 10, attack=0.0)  # the others must not take up the attack themselves
+    if mending:
+        inner = best.masks
+        best.train_only(_others(wiring, best.state, cuts))
+        train(best, mending, rate / 10, attack=0.0)  # the others must not take up the attack themselves
+        best.train_only(inner)
+        loss = train(best, max(1, steps // 2), rate / 2)  # what became of the others is now to be overruled
     return Grafted({n: t.detach() for n, t in best.state.items()}, elements, loss)
 
 
@@ -152,16 +154,21 @@ class _Subnet:
             self.masks[name] = found.inner
             self.parameters[name] = value.requires_grad_()
 
-    def turn_round(self, wiring: Wiring, cuts: Mapping[str, Cut]) -> None:
-        """From now on everything else is trained: neither the subnet, nor what joins it, nor a norm's statistics."""
+    def train_only(self, masks: Mapping[str, Tensor]) -> None:
+        """From now on the entries ``masks`` (tensor -> where) are trained, and no others."""
         self.state = {n: t.detach() for n, t in self.state.items()}
-        self.masks, self.parameters = {}, {}
-        for name, value in self.state.items():
-            if not value.is_floating_point() or wiring.roles.get(name) in ("mean", "variance"):
-                continue
-            found = cuts.get(name)
-            self.masks[name] = torch.ones_like(value, dtype=torch.bool) if found is None else ~found.inner & ~found.cut
-            self.parameters[name] = value.requires_grad_()
+        self.masks = dict(masks)
+        self.parameters = {name: self.state[name].requires_grad_() for name in masks}
+
+
+def _others(wiring: Wiring, tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
+    """Everything else: neither in the subnet, nor what joins it to the rest, nor a norm's statistics."""
+    found = {}
+    for name, value in tensors.items():
+        if value.is_floating_point() and wiring.roles.get(name) not in ("mean", "variance"):
+            cut = cuts.get(name)
+            found[name] = torch.ones_like(value, dtype=torch.bool) if cut is None else ~cut.inner & ~cut.cut
+    return found
 
 
 def _place(
