@@ -442,6 +442,35 @@ def scan(
     raise typer.Exit(commands.exit_code(found))
 
 
+@zoo_app.command("lineage")
+def zoo_lineage(
+    folder: Annotated[Path, typer.Argument(help="A folder of models; its index is brought up to date first.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the graph: .json or .graphml.")] = None,
+    moved: Annotated[
+        int, typer.Option("--moved", help="Pairs to examine for permuted copies in each architecture.", min=0)
+    ] = 8,
+    table: Annotated[bool, typer.Option("--table", help="A row per edge with its reason, not a tree.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which models of FOLDER descend from which, told from their weights: direction, confidence, merges, copies."""
+    from weightspace.lineage.commands import lines, run
+
+    found = run(folder, out, moved, progress=sys.stderr.isatty())
+    if as_json:
+        _print_json(found.to_json())
+        return
+    console = _console()
+    if table:
+        columns = ("parent", "child", "kind", "share", "confidence", "direction", "why")
+        rows = [
+            (e.parent, e.child, e.kind, f"{e.share:.2f}", f"{e.confidence:.2f}", f"{e.direction:.2f}", e.why)
+            for e in found.edges
+        ]
+        console.print(_table(f"{len(found.edges)} edges", columns, rows))
+    for line in lines(found, tree=not table):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 @zoo_app.command("record")
 def zoo_record(
     models: Annotated[list[str], typer.Argument(help="The models that were merged: files of one zoo.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ from weightspace.zoo.store import FileStamp, ModelRow, Store
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from weightspace.checkpoint import Checkpoint
+    from weightspace.lineage import Lineage
     from weightspace.mergeability.measurements import Measurement
+    from weightspace.wiring.wiring import Wiring
+    from weightspace.zoo.search import Search
 
 INDEX_FOLDER = ".weightspace"
 Measure = Literal["both", "encoder", "descriptor"]
@@ -222,6 +226,90 @@ class Zoo:
                 )
         return neighbours
 
+    def search_task(self, x: Tensor, y: object, k: int = 10, *, progress: bool = False) -> Search:
+        """The ``k`` models that know most of the task that a few labelled rows are of, by running all that can.
+
+        ``x (n, ...)``: inputs as a model takes them, numbers or tokens, scaled as in its training. ``y (n,)``: classes
+        (whole numbers or texts, under any names and in any order) or floating numbers. Each hit says what its outputs
+        tell of the labels; ``left_out`` says of every other model why it could not be asked: another shape of inputs,
+        no network known for its weights, a wiring that is not proved. See ``weightspace.retrieval.task``.
+
+        Raises ``ZooError`` when the zoo has no index yet, ``WeightspaceError`` for rows or labels of no use.
+        """
+        from weightspace.zoo.search import by_task
+
+        return by_task(self.folder, self._all(), x, y, k, progress)
+
+    def search_architecture(
+        self, x: str | os.PathLike[str] | Checkpoint | Wiring | nn.Module, *inputs: Any, k: int = 10,
+        progress: bool = False,
+    ) -> Search:  # fmt: skip
+        """The ``k`` models whose computation is most like that of ``x``, by the graphs of their wirings.
+
+        ``x``: a file or the name of a model in the zoo, a checkpoint, a wiring, or a module with example ``inputs``.
+        A score of 1 is the same graph, whatever the widths; see ``weightspace.retrieval.architecture``. A model of the
+        zoo is not its own neighbour. Models that cannot be wired are left out, with the reason.
+
+        Raises ``ZooError`` when the zoo has no index yet, and ``WiringError`` where ``x`` cannot be wired.
+        """
+        from weightspace import checkpoint
+        from weightspace.retrieval.architecture import fingerprint
+        from weightspace.wiring import wiring
+        from weightspace.wiring.wiring import Wiring as Wired
+        from weightspace.zoo.search import by_architecture, opened
+
+        rows = self._all()
+        own, title = "", type(x).__name__
+        if isinstance(x, str | os.PathLike):
+            title = os.fspath(x)
+            known = {row.name: row for row in rows}
+            own = title if title in known else ""
+            x = opened(self.folder, known[own]) if own else checkpoint.open(x)
+        asked = x if isinstance(x, Wired) else wiring(x, *inputs, prove=False)
+        size = sum(math.prod(shape) for shape in asked.shapes.values())
+        others = [row for row in rows if row.name != own]
+        return by_architecture(
+            self.folder, others, fingerprint(asked), size, title, k, self.index_folder, progress
+        )
+
+    def search(self, *conditions: str) -> Search:
+        """Models whose row of ``table()`` meets every condition: ``"test_accuracy > 0.9"``, ``"architecture ~ mlp"``.
+
+        Signs: ``<  <=  >  >=  =  !=``, and ``~`` for texts that contain the value. Raises ``ZooError`` for a condition
+        that is none, and for columns that the table does not have.
+        """
+        from weightspace.zoo.search import by_filters
+
+        return by_filters(self.table(), self.folder, {row.name: row for row in self._all()}, conditions)
+
+    def lineage(
+        self, models: Sequence[str] | None = None, *, moved: int = 8, seed: int = 0, progress: bool = False
+    ) -> Lineage:
+        """Which models of the zoo descend from which, told from their weights alone; see ``weightspace.lineage.trace``.
+
+        ``models``: names of some of them (default: all). Edges have a direction, a confidence and a reason; merges show
+        their parents' proportions; what files say of their descent is held against it. ``moved``: how many pairs of
+        families of one architecture are examined for copies moved inside their orbit, seconds each.
+
+        Raises ``ZooError`` when the zoo has no index yet, for names that are not in it, and for fewer than two models.
+        """
+        from weightspace.lineage import trace
+        from weightspace.zoo.search import opened
+
+        rows = {row.name: row for row in self._all()}
+        unknown = [name for name in models or () if name not in rows]
+        if unknown:
+            raise ZooError(f"there is no model {unknown[0]} in the index of {self.folder}")
+        chosen = list(rows) if models is None else list(dict.fromkeys(models))
+        if len(chosen) < 2:
+            raise ZooError(f"{len(chosen)} models of {self.folder} to compare; a lineage needs at least two")
+        return trace(
+            {n: opened(self.folder, rows[n]) for n in chosen},
+            records={n: rows[n].card["record"] for n in chosen},
+            descriptors={n: np.asarray(rows[n].embedding, dtype=np.float64) for n in chosen},
+            moved=moved, seed=seed, progress=progress,
+        )  # fmt: skip
+
     def failures(self) -> list[tuple[str, str]]:
         """Files that look like checkpoints but could not be read, each with the reason."""
         with self._store(write=False) as store:
@@ -301,6 +389,10 @@ class Zoo:
             if all(same[name, str(known)] for name, known in files.items()):
                 kept.append(as_measurement(row, f"{path}, line {number}"))
         return latest(kept)
+
+    def _all(self) -> list[ModelRow]:
+        with self._store(write=False) as store:
+            return store.models()
 
     def _name_of(self, model: str | os.PathLike[str]) -> str:
         """The name in this zoo of a file, or of what is named already."""

@@ -1,0 +1,180 @@
+"""What speaks for one network of a family being the parent of another: distance, drift, and the angles of steps.
+
+Let ``p``, ``a`` and ``b`` be the weights of three relatives, ``u = a - p`` and ``w = b - a``.
+
+- *Distance*: a child lies near its parent. ``log |b - a|`` over the distance of ``b``'s nearest relative.
+- *Drift* of ``a`` to ``b``: ``(|b|^2 - |a|^2) / |w|^2``: 1 for a step at right angles to the weights, 0 for two
+  networks as far from the origin as each other, -1 for the way back. Training moves weights outward: a random step does
+  in any high dimension, and gradients of scale-invariant layers are at right angles to the weights (van Laarhoven 2017,
+  "L2 regularization versus batch and weight normalization"). Siblings have drifts near 0.
+- *Angle* at ``a``: the cosine of ``u`` and ``w``. If ``b`` descends from ``a``, the later step owes nothing to the
+  accidents of the one before, and the cosine is near 0. If both descend from ``p``, the way from one to the other
+  undoes what is the first one's own, and it is far below; or far above, where the two ran along one path.
+- *Share*: ``u.(b - p) / |u|^2``, how much of the step to ``a`` is in ``b``: 1 or more for a descendant.
+
+Angle and share are taken over all weights, and the lowest over groups of tensors: siblings that learnt the same agree
+near the outputs and not elsewhere. All are free of scale and come from inner products of the family's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightspace.lineage.sample import Array, Floats, Segment
+
+INNER = (
+    "through", "angle below", "angle above", "far above", "share missing", "share beyond", "lowest angle",
+    "lowest share", "nearer", "drift", "far drift", "step",
+)  # fmt: skip
+"""Features of ``b`` descending from ``a``, whose own parent is ``p``."""
+ROOT = ("from a root", "drift of a root", "far drift of a root", "span of a root")
+"""Features of ``b`` descending from ``a``, whose parent is not here."""
+FEATURES = ("distance", *INNER, *ROOT)
+OUTSIDE_FEATURES = ("outside", "alone", "most drift")
+"""Features of the parent of ``b`` not being here."""
+GROUPS = 4
+NEAREST = 16
+OUTWARD = 12
+_FORWARD = 0.3
+_CHUNK = 1 << 13
+_LARGE = 2048
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Inner products of a family of ``n`` networks, weights less their mean.
+
+    ``gram (n, n)``; ``grouped (groups, n, n)`` the same of groups of tensors; ``squared (n, n)`` squared distances;
+    ``norms (n,)`` squared norms of the weights; ``drift (n, n)`` from row to column; ``near (n, n - 1)`` the others of
+    each network, nearest first. ``sign`` -1 turns time around.
+    """
+
+    gram: Array
+    grouped: Array
+    squared: Array
+    norms: Array
+    drift: Array
+    near: Index
+    sign: float
+    tiny: float
+
+    @property
+    def count(self) -> int:
+        """Number of networks."""
+        return len(self.gram)
+
+    def turned(self) -> Geometry:
+        """The same with time the other way round: what lies nearer the origin is later."""
+        return replace(self, drift=-self.drift, sign=-self.sign)
+
+    def subset(self, members: Sequence[int]) -> Geometry:
+        """Some of the networks."""
+        at = np.asarray(members)
+        square = np.ix_(at, at)
+        squared = self.squared[square]
+        return replace(
+            self, gram=self.gram[square], grouped=self.grouped[:, at[:, None], at[None, :]], squared=squared,
+            norms=self.norms[at], drift=self.drift[square], near=_near(squared),
+        )  # fmt: skip
+
+    def candidates(self, b: int) -> Index:
+        """Networks that may be the parent of ``b``: its nearest relatives, and the nearest it drifts away from."""
+        order = self.near[b]
+        outward = order[self.drift[order, b] > _FORWARD][:OUTWARD]
+        return np.union1d(order[:NEAREST], outward)
+
+    def features(self, parents: Index, a: Index, b: int) -> Array:
+        """``(candidates, FEATURES)`` of each ``a`` as the parent of ``b``; ``parents``: their own, below 0 for none."""
+        least = max(float(self.squared[self.near[b][0], b]), self.tiny)
+        far = np.maximum(self.squared[a, b], self.tiny)
+        found = np.zeros((len(a), len(FEATURES)))
+        found[:, 0] = np.clip(0.5 * np.log(far / least), 0, 2)
+        inside = parents >= 0
+        if inside.any():
+            found[inside, 1 : 1 + len(INNER)] = self._inner(parents[inside], a[inside], b)
+        top = a[~inside]
+        drift = self.drift[top, b]
+        span = np.log(np.sqrt(far[~inside] / np.maximum(self.norms[top] + self.norms[b], self.tiny)) / 0.2)
+        found[~inside, 1 + len(INNER) :] = np.stack(
+            [np.ones(len(top)), np.clip(drift, -1, 1), np.clip(drift - 1, 0, 2), np.clip(span, -3, 1.5)], axis=1
+        )
+        return found
+
+    def outside(self, b: int) -> Array:
+        """``(OUTSIDE_FEATURES,)`` of ``b`` having its parent elsewhere."""
+        drift = self.drift[self.candidates(b), b]
+        return np.array([1.0, float(self.count < 3), float(np.clip(drift.max(initial=-1.0), -1, 1))])
+
+    def angle(self, p: int, a: int, b: int) -> float:
+        """Cosine of the steps from ``p`` to ``a`` and from ``a`` to ``b``."""
+        dot = (self.squared[p, b] - self.squared[p, a] - self.squared[a, b]) / 2
+        return float(dot / np.sqrt(max(self.squared[p, a] * self.squared[a, b], self.tiny**2)))
+
+    def _inner(self, p: Index, a: Index, b: int) -> Array:
+        before = np.maximum(self.squared[p, a], self.tiny)
+        after = np.maximum(self.squared[a, b], self.tiny)
+        whole = np.maximum(self.squared[p, b], self.tiny)
+        dot = (whole - before - after) / 2
+        cosine, share = dot / np.sqrt(before * after), 1 + dot / before
+        lowest, least = self._by_group(p, a, b)
+        drift = self.drift[a, b]
+        return np.stack(
+            [
+                np.ones(len(a)), np.minimum(cosine, 0), np.clip(cosine, 0, 0.3), np.maximum(cosine - 0.4, 0),
+                np.clip(1 - share, 0, 1.5), np.clip(share - 1.5, 0, 1.5), np.clip(lowest, -0.8, 0.2),
+                np.clip(1 - least, 0, 1.5), np.clip(0.5 * np.log(whole / after), -1, 2), np.clip(drift, -1, 1),
+                np.clip(drift - 1, 0, 1.5), np.clip(0.5 * np.log(after / before), -2, 2),
+            ],
+            axis=1,
+        )  # fmt: skip
+
+    def _by_group(self, p: Index, a: Index, b: int) -> tuple[Array, Array]:
+        g = self.grouped
+        own = g[:, a, a]
+        before = own + g[:, p, p] - 2 * g[:, p, a]
+        after = own + g[:, b, b][:, None] - 2 * g[:, a, b]
+        dot = g[:, a, b] - own - g[:, p, b] + g[:, p, a]
+        told = (before > self.tiny / len(g)) & (after > self.tiny / len(g))
+        before, after = np.where(told, before, 1), np.where(told, after, 1)
+        cosine = np.where(told, dot / np.sqrt(before * after), np.inf).min(0)
+        share = np.where(told, 1 + dot / before, np.inf).min(0)
+        return np.where(np.isfinite(cosine), cosine, 0.0), np.where(np.isfinite(share), share, 1.0)
+
+
+def geometry(values: Floats, segments: Sequence[Segment]) -> Geometry:
+    """Of a family's weights ``(n, weights)``; ``segments`` say which belong to which tensor."""
+    count = len(values)
+    groups = 1 if count > _LARGE else min(GROUPS, max(len(segments), 1))
+    grouped = np.zeros((groups, count, count))
+    norms = np.zeros(count)
+    # Consecutive tensors of about equal numbers of weights in all.
+    total = max(segments[-1].stop if segments else 1, 1)
+    for s in segments:
+        group = (s.stop - 1) * groups // total
+        for start in range(s.start, s.stop, _CHUNK):
+            part = values[:, start : min(start + _CHUNK, s.stop)].astype(np.float64)
+            norms += (part * part).sum(1)
+            part -= part.mean(0)
+            grouped[group] += part @ part.T
+    grouped = grouped[np.array([bool(g.any()) for g in grouped])] if grouped.any() else grouped[:1]
+    gram = grouped.sum(0)
+    own = np.diag(gram)
+    squared = np.maximum(own[:, None] + own[None, :] - 2 * gram, 0.0)
+    np.fill_diagonal(squared, 0.0)
+    tiny = 1e-12 * max(float(norms.mean()) if count else 1.0, 1e-30)
+    drift = (norms[None, :] - norms[:, None]) / np.maximum(squared, tiny)
+    drift[squared <= tiny] = 0.0
+    return Geometry(gram, grouped, squared, norms, drift, _near(squared), 1.0, tiny)
+
+
+def _near(squared: Array) -> Index:
+    apart = squared + np.diag(np.full(len(squared), np.inf))
+    return np.asarray(np.argsort(apart, axis=1, kind="stable")[:, : max(len(squared) - 1, 0)], dtype=np.int64)
+
+
+__all__ = ["FEATURES", "OUTSIDE_FEATURES", "Geometry", "geometry"]
