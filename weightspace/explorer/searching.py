@@ -1,15 +1,21 @@
-"""Finding models: by an example, by a task, by an architecture. For workers: each gives a table."""
+"""Finding models: by an example, by rows of a task, by an architecture. For workers: each gives a table."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from weightspace.errors import ZooError
 from weightspace.zoo.zoo import Zoo
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
+
+    from weightspace.zoo.search import Search
 
 By = Literal["auto", "both", "encoder", "descriptor"]
+SETS = ("digits", "mnist", "usps", "cifar10-gray", "cifar10")
+"""Data sets whose rows can be asked about."""
 
 
 def similar(folder: str, address: str, k: int, by: str) -> pd.DataFrame:
@@ -19,9 +25,8 @@ def similar(folder: str, address: str, k: int, by: str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    found = Zoo(folder).similar(address, k, cast(By, by))
     rows = []
-    for one in found:
+    for one in Zoo(folder).similar(address, k, cast(By, by)):
         record = one.card.get("record") or {}
         relation = str(record.get("relation") or "")
         if record.get("parent"):
@@ -32,6 +37,43 @@ def similar(folder: str, address: str, k: int, by: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def architecture(folder: str, address: str, k: int) -> dict[str, Any]:
+    """The models whose computation is most like that of a file: ``table``, ``left_out`` and ``asked``."""
+    return _plain(Zoo(folder).search_architecture(address, k=k, progress=True))
 
 
-__all__ = ["By", "similar"]
+def task(folder: str, x: Tensor, y: Tensor, k: int) -> dict[str, Any]:
+    """The models that know most of the task that labelled rows are of: ``table``, ``left_out`` and ``asked``."""
+    return _plain(Zoo(folder).search_task(x, y, k, progress=True))
+
+
+def task_of_set(folder: str, name: str, classes: list[int], rows: int, k: int) -> dict[str, Any]:
+    """The same for rows of a data set. Raises ``ZooError`` where it is not here."""
+    from weightspace.zoo.data import load_data
+
+    part = load_data(name).only(classes)
+    return task(folder, part.test_x[:rows], part.test_y[:rows], k)
+
+
+def task_of_file(folder: str, path: str, k: int) -> dict[str, Any]:
+    """The same for a file of inputs and labels (any file of tensors, one of them called ``labels``)."""
+    from weightspace.merge.inputs import load
+
+    held = load(path)
+    if held.y is None or len(held.args) != 1:
+        raise ZooError(
+            f"a file with one tensor of rows and one called labels was expected, found {len(held.args)} of rows and "
+            f"{'no labels' if held.y is None else 'labels'}"
+        )
+    return task(folder, held.args[0], held.y, k)
+
+
+def _plain(found: Search) -> dict[str, Any]:
+    import pandas as pd
+
+    rows = [(h.name, h.score, h.why, h.card["architecture"], h.card["parameters"]) for h in found]
+    table = pd.DataFrame(rows, columns=["model", "score", "why", "architecture", "parameters"])
+    return {"table": table, "left_out": dict(found.left_out), "asked": found.asked, "seconds": found.seconds}
+
+
+__all__ = ["SETS", "By", "architecture", "similar", "task", "task_of_file", "task_of_set"]

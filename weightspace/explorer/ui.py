@@ -95,10 +95,14 @@ def upload_folder(make: bool = False) -> Path | None:
 
 def keep_url() -> None:
     """Write the open zoo and the uploads into the URL, which changing pages empties."""
-    for name in ("zoo", "u"):
-        kept = st.session_state.get(name)
-        if kept and st.query_params.get(name) != kept:
-            st.query_params[name] = kept
+    for name, value in kept().items():
+        if st.query_params.get(name) != value:
+            st.query_params[name] = value
+
+
+def kept() -> dict[str, str]:
+    """What of the URL goes with the user from page to page."""
+    return {name: st.session_state[name] for name in ("zoo", "u") if st.session_state.get(name)}
 
 
 def shelf() -> Shelf:
@@ -157,8 +161,7 @@ def link(page: str, label: str, icon: str | None = None, **query: str | list[str
     if not (data_dir("app") / f"{page}.py").is_file():
         return
     params: list[tuple[str, str]] = []
-    kept = {name: st.session_state[name] for name in ("zoo", "u") if st.session_state.get(name)}
-    for name, value in {**kept, **query}.items():
+    for name, value in {**kept(), **query}.items():
         params += [(name, one) for one in ([value] if isinstance(value, str) else value)]
     st.page_link(f"{page}.py", label=label, icon=icon or PAGES[page][1], query_params=params)
 
@@ -320,6 +323,6 @@ def need(condition: object, words: str) -> None:
 
 __all__ = [
     "PAGES", "again", "begun", "busy", "chart", "choose", "choose_many", "dark", "download", "first_steps",
-    "folder", "here", "keep_url", "link", "may_open", "need", "open_folder", "said", "shelf", "table", "title",
+    "folder", "here", "keep_url", "kept", "link", "may_open", "need", "open_folder", "said", "shelf", "table", "title",
     "upload_folder", "work",
 ]  # fmt: skip

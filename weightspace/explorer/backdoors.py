@@ -1,0 +1,118 @@
+"""Scanning, locating and excising for the page on backdoors. For workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightspace.explorer import style
+from weightspace.progress import bar
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from torch import Tensor
+
+PRIORS = (0.5, 0.1, 0.01)
+"""Shares of networks with a backdoor for which the probability is given."""
+
+
+def scan(address: str, base: str | None, file: str | None) -> dict[str, Any]:
+    """``ws.scan`` of a file as plain values, with the probability ``at`` several shares of bad networks.
+
+    Raises ``WeightspaceError`` for a model that cannot be scanned.
+    """
+    from weightspace.backdoor.verdict import scan as scan_model
+
+    x, y = _examples(file)
+    with bar("scanning", 1) as step:
+        found = scan_model(address, base=base, inputs=x, labels=y)
+        step("")
+    at = {prior: found.at(prior) for prior in PRIORS}
+    return {**asdict(found), "target": found.target, "at": at}
+
+
+def locate(address: str, target: int | None, base: str | None, file: str | None, out: str) -> dict[str, Any]:
+    """Where the backdoor sits: figures, facts (``Subspace.to_dict``) and the file that it was written to."""
+    import weightspace as ws
+    from weightspace.backdoor.localise import locate as find
+
+    model = ws.open(address)
+    wiring = ws.wiring(model)
+    tensors = {name: model[name] for name in model}
+    origin = None if base is None else dict(ws.open(base))
+    x, _ = _examples(file)
+    with bar("locating", 1) as step:
+        found = find(wiring, tensors, target=target, inputs=x, base=origin)
+        step("")
+    Path(out).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found.save(out)
+    return {
+        **found.to_dict(), "path": out, "figure": found.show(wiring, tensors), "spectra": found.spectra(tensors),
+        "total": sum(score.numel() for score in found.elements.values()),
+    }  # fmt: skip
+
+
+def excise(address: str, subspace: str | None, target: int | None, file: str | None, out: str) -> dict[str, Any]:
+    """Take the backdoor out and write the result; what was done, as plain values."""
+    from weightspace.backdoor.excise import excise as take_out
+    from weightspace.backdoor.subspace import Subspace
+
+    x, y = _examples(file)
+    report = None if subspace is None else Subspace.load(subspace)
+    Path(out).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with bar("excising", 1) as step:
+        done = take_out(address, report, target=target, inputs=x, labels=y, out=out)
+        step("")
+    found: dict[str, Any] = json.loads(done.to_json())
+    return {**found, "changed": done.changed}
+
+
+def beside(before: str, after: str) -> dict[str, float]:
+    """Accuracy of the network before and after, on the test data that its record speaks of.
+
+    Raises ``WeightspaceError`` where there are none.
+    """
+    import weightspace as ws
+    from weightspace.explorer.lab import accuracy, examples
+
+    data = examples(before)
+    wiring = ws.wiring(before)
+    both = {"before": before, "after": after}
+    return {when: accuracy(wiring, dict(ws.open(file)), data) for when, file in both.items()}
+
+
+def _examples(file: str | None) -> tuple[Tensor | None, Tensor | None]:
+    if file is None:
+        return None, None
+    from weightspace.errors import WeightspaceError
+    from weightspace.merge.inputs import load
+
+    held = load(file)
+    if len(held.args) != 1:
+        raise WeightspaceError(f"{Path(file).name}: one tensor of inputs was expected, found {len(held.args)}")
+    return held.args[0], held.y
+
+
+def draw_targets(targets: list[tuple[int, float]], flagged: bool, most: int = 12) -> go.Figure:
+    """Shares of the suspicion by class, the most suspect first."""
+    import plotly.graph_objects as go
+
+    shown = targets[:most]
+    made = style.figure(height=int(110 + 24 * len(shown)), xaxis={"tickformat": ".0%", "rangemode": "tozero"},
+                        yaxis={"autorange": "reversed"})  # fmt: skip
+    colours = [style.BAD if flagged and i == 0 else style.OTHER for i in range(len(shown))]
+    made.add_trace(go.Bar(y=[f"class {c}" for c, _ in shown], x=[s for _, s in shown], orientation="h",
+                          marker={"color": colours}, hovertemplate="%{y}: %{x:.0%}<extra></extra>"))  # fmt: skip
+    return made
+
+
+def calibration_words(calibration: Mapping[str, float]) -> str:
+    """What is known of the probability, in a clause."""
+    names = {"ece": "expected calibration error", "brier": "Brier score", "networks": "networks held out"}
+    return ", ".join(f"{names.get(k, k.replace('_', ' '))} {v:.3g}" for k, v in calibration.items())
+
+
+__all__ = ["PRIORS", "beside", "calibration_words", "draw_targets", "excise", "locate", "scan"]
