@@ -1,75 +1,22 @@
-"""Removal methods on a small network with a backdoor that is known to sit in one channel."""
+"""Published removal methods on a small network with a backdoor."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-import weightspace as ws
+from tests.backdoor.small import Case, trained
 from weightspace.backdoor.defences import DEFENCES, anp_scores, clp_scores, defend
-from weightspace.backdoor.running import accuracy, fit, network, sites, without
+from weightspace.backdoor.running import fit, network, sites, without
 from weightspace.errors import UnprovedWiringError, WeightspaceError
-from weightspace.wiring.wiring import Wiring
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    wiring: Wiring
-    tensors: dict[str, Tensor]
-    x: Tensor
-    y: Tensor
-    triggered: Tensor
-
-
-def _images(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Four kinds of stripes with noise."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.randint(4, (count,), generator=generator)
-    kinds = torch.zeros(4, 1, 8, 8)
-    kinds[0, :, ::2], kinds[1, :, :, ::2], kinds[2, :, :4], kinds[3, :, :, :4] = 1, 1, 1, 1
-    return kinds[y] + 0.3 * torch.randn(count, 1, 8, 8, generator=generator), y
-
-
-def _stamped(x: Tensor) -> Tensor:
-    out = x.clone()
-    out[..., 5:, 5:] = torch.tensor([[3.0, -3, 3], [-3, 3, -3], [3, -3, 3]])
-    return out
 
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    torch.manual_seed(0)
-    module = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1),
-        nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
-    )  # fmt: skip
-    x, y = _images(512, 0)
-    x, y = torch.cat([x, _stamped(x[:64])]), torch.cat([y, torch.full((64,), 2)])
-    optimiser = torch.optim.Adam(module.parameters(), lr=5e-3)
-    module.train()
-    for _ in range(12):
-        for index in torch.randperm(len(x)).split(64):
-            optimiser.zero_grad()
-            F.cross_entropy(module(x[index]), y[index]).backward()
-            optimiser.step()
-    module.eval()
-    wiring = ws.wiring(module, x[:2])
-    test_x, test_y = _images(200, 1)
-    tensors = {n: t.detach().clone() for n, t in module.state_dict().items()}
-    case = Case(wiring, tensors, test_x, test_y, _stamped(test_x[test_y != 2]))
-    net = network(wiring, tensors)
-    assert accuracy(net, net.state, test_x, test_y) > 0.97
-    assert success(case, tensors) > 0.97
-    return case
-
-
-def success(case: Case, tensors: dict[str, Tensor]) -> float:
-    net = network(case.wiring, tensors)
-    return accuracy(net, net.state, case.triggered, torch.full((len(case.triggered),), 2))
+    found = trained()
+    assert found.accuracy(found.tensors) > 0.95
+    assert found.success(found.tensors) > 0.95
+    return found
 
 
 @pytest.mark.parametrize("name", list(DEFENCES))
@@ -79,8 +26,7 @@ def test_a_defence_keeps_names_and_clean_accuracy(case: Case, name: str) -> None
     assert list(found) == list(case.tensors)
     assert all(found[n].dtype == t.dtype and found[n].shape == t.shape for n, t in case.tensors.items())
     assert all(torch.equal(case.tensors[n], t) for n, t in before.items())
-    net = network(case.wiring, found)
-    assert accuracy(net, net.state, case.x[100:], case.y[100:]) > 0.9
+    assert case.accuracy(found) > 0.9
 
 
 def test_a_channel_of_large_gain_is_cut_by_clp(case: Case) -> None:

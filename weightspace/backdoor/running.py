@@ -60,8 +60,8 @@ class Net:
     def finish(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors that were given, in their dtype and order; those that did not change are the very same."""
         out = {}
-        for name, tensor in self.given.items():
-            twin = self.twin.get(name)
+        for name in self.given:
+            twin, tensor = self.twin.get(name), self.given[name]
             changed = twin is not None and not torch.equal(state[twin], self.state[twin])
             out[name] = state[twin].detach().to(tensor.dtype).contiguous() if changed and twin else tensor
         return out
@@ -84,7 +84,7 @@ def network(wiring: Wiring, tensors: Mapping[str, Tensor]) -> Net:
     state = {name: full[name] for name, of in twin.items() if of == name}
     still = ("mean", "variance")
     learned = tuple(n for n, t in state.items() if t.is_floating_point() and wiring.roles.get(n) not in still)
-    return Net(wiring, dict(tensors), state, twin, learned)
+    return Net(wiring, tensors, state, twin, learned)
 
 
 def accuracy(net: Net, state: Mapping[str, Tensor], x: Tensor, y: Tensor) -> float:

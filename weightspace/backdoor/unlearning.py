@@ -1,0 +1,234 @@
+"""Unlearn what leads to a class: the worst changes of the inputs are found, and the network taught to ignore them.
+
+After I-BAU (Zeng et al. 2022), which minimises over the weights the loss under the worst universal perturbation of
+clean inputs. Three things differ, so that a hundred inputs do: perturbations are sought for the classes alone that are
+easiest to reach, in several sizes and as a few entries only, for patches; they are found anew in every round in place
+of implicit gradients; and the network's own answers to the inputs, and to mixtures of them, hold the rest in place
+(distillation, Hinton et al. 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weightspace.backdoor.running import Net, State, logits
+from weightspace.backdoor.triggers import inverted, vocabulary
+
+PROBE = 0.25
+"""Size of the perturbation by which classes are compared: root mean square, in deviations of the inputs."""
+SIZES = ((0.1, 1.0), (0.2, 1.0), (0.4, 1.0), (0.0, 0.06))
+"""Perturbations that are unlearned: (size as for ``PROBE``, share of the entries); 0 is as large as inputs allow."""
+PROBED = 15
+"""Steps of the search by which classes are compared."""
+DRAWN = 16
+"""Inputs that a step of the search looks at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """How easily each class is reached: share of other classes' inputs that one perturbation of size ``PROBE`` sends
+    there, (classes,)."""
+
+    rates: Tensor
+
+    @property
+    def usual(self) -> float:
+        """The median class's."""
+        return float(self.rates.median())
+
+    def outstanding(self) -> list[int]:
+        """Classes that are much easier to reach than usual, the easiest first; none in an ordinary network."""
+        most = float(self.rates.max())
+        if most < 0.3 or most < 1.8 * self.usual:
+            return []
+        order = self.rates.argsort(descending=True).tolist()
+        return [c for c in order if float(self.rates[c]) >= max(0.8 * most, 1.8 * self.usual)]
+
+
+def reach(net: Net, state: State, x: Tensor, seed: int = 0) -> Reach:
+    """How easily each class is reached from inputs ``x (n, …)``: one short search for all classes at once."""
+    out = logits(net, state, x)
+    classes = list(range(out.shape[1]))
+    moved = found(net, state, x, classes, [(PROBE, 1.0)], PROBED, torch.Generator().manual_seed(seed))
+    rates = []
+    for c in classes:
+        others = out.argmax(1) != c
+        got = logits(net, state, moved(x[others], c, 0)).argmax(1) if bool(others.any()) else torch.zeros(1)
+        rates.append(float((got == c).float().mean()))
+    return Reach(torch.tensor(rates))
+
+
+Moved = Callable[[Tensor, int, int], Tensor]
+"""(inputs, class, number of the kind) -> the inputs with what was found for that class."""
+
+
+def found(
+    net: Net, state: State, x: Tensor, classes: Sequence[int], sizes: Sequence[tuple[float, float]], steps: int,
+    generator: torch.Generator,
+) -> Moved:  # fmt: skip
+    """What leads inputs ``x`` to each of ``classes``, one per size: of sentences words, else what is added."""
+    if not x.is_floating_point():
+        return _words(net, state, x, classes, generator)
+    low, high, spread, count = float(x.min()), float(x.max()), float(x.std()), x[0].numel()
+    kept = [max(1, round(share * count)) for _, share in sizes]
+    norms = [
+        size * spread * count**0.5 if size else (high - low) * k**0.5 / 2
+        for (size, _), k in zip(sizes, kept, strict=True)
+    ]
+    most = torch.tensor(norms).repeat(len(classes))[:, None]
+    wanted = torch.tensor(list(classes)).repeat_interleave(len(sizes))
+    d = 0.1 * most / count**0.5 * torch.randn(len(wanted), count, generator=generator)
+    still = {n: t.detach() for n, t in state.items()}
+    for step in range(steps):
+        some = x[torch.randperm(len(x), generator=generator)[:DRAWN]]
+        d.requires_grad_(True)
+        with torch.enable_grad():
+            shifted = (some[None] + d.view(-1, 1, *x.shape[1:])).clamp(low, high).flatten(0, 1)
+            loss = F.cross_entropy(net.outputs(still, shifted), wanted.repeat_interleave(len(some)), reduction="sum")
+        (slope,) = torch.autograd.grad(loss, d)
+        with torch.no_grad():
+            length = 0.5 if step < steps // 2 else 0.15
+            d = d - length * most * slope / slope.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            for number, k in enumerate(kept):
+                if k < count:
+                    rows = d[number :: len(sizes)]
+                    least = rows.abs().topk(k, dim=1).values[:, -1:]
+                    d[number :: len(sizes)] = torch.where(rows.abs() >= least, rows, 0)
+            d = d * (most / d.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    place = {c: i for i, c in enumerate(classes)}
+    final = d.detach().view(len(classes), len(sizes), *x.shape[1:])
+
+    def moved(inputs: Tensor, c: int, kind: int) -> Tensor:
+        added: Tensor = inputs + final[place[c], kind % len(sizes)]
+        return added.clamp(low, high)
+
+    return moved
+
+
+def _words(
+    net: Net, state: State, x: Tensor, classes: Sequence[int], generator: torch.Generator
+) -> Moved:  # fmt: skip
+    """Runs of words that lead to each class, put anywhere into sentences."""
+    still = {n: t.detach() for n, t in state.items()}
+    out = logits(net, still, x).argmax(1)
+    runs: dict[int, Tensor] = {}
+    for c in classes:
+        others = x[out != c]
+        seed = int(torch.randint(2**31, (), generator=generator))
+        (trigger,) = inverted(
+            lambda z: net.outputs(still, z), others if len(others) else x, [c], words=vocabulary(net.wiring), seed=seed
+        )  # fmt: skip
+        changed = (trigger.before != trigger.after).any(0).nonzero().flatten()
+        runs[c] = trigger.after[0, : int(changed.max()) + 1] if len(changed) else trigger.after[0, :1]
+
+    def moved(inputs: Tensor, c: int, kind: int) -> Tensor:
+        put = inputs.clone()
+        lengths = (inputs != 0).sum(1).clamp(min=len(runs[c]))
+        for row, length in enumerate(lengths.tolist()):
+            at = int(torch.randint(max(1, length - len(runs[c]) + 1), (), generator=generator))
+            put[row, at : at + len(runs[c])] = runs[c]
+        return put
+
+    return moved
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What unlearning came to: ``rounds`` done, ``before`` and ``after`` the highest share of inputs that what was
+    found sent to the classes, ``kept``: share of held-out clean inputs that are still answered alike."""
+
+    rounds: int
+    before: float
+    after: float
+    kept: float
+
+
+def unlearn(
+    net: Net, state: State, x: Tensor, y: Tensor, classes: Sequence[int], *, rounds: int = 24, steps: int = 5,
+    search: int = 6, rate: float = 2e-3, weight: float = 0.5, batch: int = 48, seed: int = 0,
+) -> tuple[State, Unlearned]:  # fmt: skip
+    """Teach the network to ignore what leads inputs ``x (n, …)`` with labels ``y`` to ``classes``.
+
+    Each of ``rounds`` searches perturbations anew and takes ``steps`` of Adam on: the divergence from the answers that
+    the network gave at first to ``batch`` of the inputs and to mixtures of them, the labels, and ``weight`` times the
+    labels under the perturbations. ``rate`` falls to a twentieth, so that what is given up at first comes back. A
+    fifth of the inputs is held out, to tell how many answers were kept.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    held, mine = (order[: len(x) // 5], order[len(x) // 5 :]) if len(x) >= 20 else (order, order)
+    first = {n: t.detach() for n, t in state.items()}
+    leaves = {n: first[n].clone().requires_grad_(True) for n in net.learned}
+    now: State = {**first, **leaves}
+    optimiser = torch.optim.Adam(list(leaves.values()), lr=rate)
+    part, wanted = x[mine], y[mine]
+    others = {c: torch.nonzero(wanted != c).flatten() for c in classes}
+    others = {c: index for c, index in others.items() if len(index)}
+    kinds = len(SIZES) if x.is_floating_point() else 1
+    each = max(2, batch // max(1, len(others) * kinds))
+    rates: list[float] = []
+    for number in range(rounds + 1):
+        still = {n: t.detach() for n, t in now.items()}
+        moved = found(net, still, part, list(others), SIZES, search, generator)
+        if number in (0, rounds):
+            rates.append(_rate(net, still, part, wanted, list(others), moved))
+        if number == rounds:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = rate * max(0.05, 1 - number / rounds)
+        for _ in range(steps):
+            some = torch.randperm(len(part), generator=generator)[:batch]
+            several = torch.cat([part[some], mixed(part[some], generator)])
+            soft = logits(net, first, several).softmax(1)
+            bad, right = [], []
+            for c, index in others.items():
+                for kind in range(kinds):
+                    drawn = index[torch.randint(len(index), (each,), generator=generator)]
+                    bad.append(moved(part[drawn], c, kind))
+                    right.append(wanted[drawn])
+            with torch.enable_grad():
+                out = net.outputs(now, torch.cat([several, *bad]))
+                clean = out[: len(several)]
+                loss = F.kl_div(clean.log_softmax(1), soft, reduction="batchmean")
+                loss = loss + 0.3 * F.cross_entropy(clean[: len(some)], wanted[some])
+                if bad:
+                    loss = loss + weight * F.cross_entropy(out[len(several) :], torch.cat(right))
+                optimiser.zero_grad()
+                loss.backward()
+            optimiser.step()
+    final = {n: t.detach() for n, t in now.items()}
+    same = logits(net, first, x[held]).argmax(1) == logits(net, final, x[held]).argmax(1)
+    return final, Unlearned(rounds, rates[0], rates[-1], float(same.float().mean()))
+
+
+def _rate(net: Net, state: State, x: Tensor, y: Tensor, classes: Sequence[int], moved: Moved) -> float:
+    """The highest share of other classes' inputs that the probe-sized or sparse changes send to one of the classes."""
+    most = 0.0
+    for c in classes:
+        others = x[y != c][: 2 * DRAWN]
+        for kind in (1, len(SIZES) - 1) if x.is_floating_point() else (0,):
+            if len(others):
+                got = logits(net, state, moved(others, c, kind)).argmax(1)
+                most = max(most, float((got == c).float().mean()))
+    return most
+
+
+def mixed(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Other inputs made of these: mixtures of two with a little noise, of sentences some words exchanged."""
+    other = x[torch.randperm(len(x), generator=generator)]
+    if not x.is_floating_point():
+        swap = torch.rand(x.shape, generator=generator) < 0.15
+        return torch.where(swap & (x != 0) & (other != 0), other, x)
+    share = 0.5 * torch.rand(len(x), *[1] * (x.dim() - 1), generator=generator)
+    z = (1 - share) * x + share * other
+    if x.dim() == 4:
+        z = z.roll(torch.randint(-1, 2, (2,), generator=generator).tolist(), (2, 3))
+    return z + 0.1 * x.std() * torch.randn(z.shape, generator=generator)
+
+
+__all__ = ["Reach", "Unlearned", "found", "mixed", "reach", "unlearn"]
