@@ -11,6 +11,7 @@ of a whole zoo of networks::
     zoo = ws.Zoo("models/")                    # index a folder, then zoo.similar("model.safetensors")
     ws.embed(ckpt).vector                      # by the pretrained encoder, with its range of applicability
     ws.predict_accuracy(ckpt)                  # of an image classifier, from its weights, with an interval
+    ws.scan("model.safetensors")               # how likely a backdoor, and which class it serves
     ws.score(["a.safetensors", "b.safetensors"], base="base.safetensors")   # what would a merge of them retain?
 
 Names are imported on first use, so that ``import weightspace`` costs little beyond torch.
@@ -41,6 +42,7 @@ _EXPORTS = {
     "Zoo": "weightspace.zoo",
     "merge": "weightspace.merge",
     "score": "weightspace.mergeability.score",
+    "scan": "weightspace.backdoor.verdict",
     "metanets": "weightspace.metanets",
     "embed": "weightspace.pretrained",
     "predict_accuracy": "weightspace.pretrained",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from weightspace.align import align as align
     from weightspace.align import align_many as align_many
     from weightspace.align.barrier import barrier as barrier
+    from weightspace.backdoor.verdict import scan as scan
     from weightspace.checkpoint import Checkpoint as Checkpoint
     from weightspace.checkpoint import open as open
     from weightspace.graph import ParameterGraph as ParameterGraph

@@ -1,0 +1,146 @@
+"""The evidence head: what the training-free tests say of every class, weighed by what populations taught.
+
+The evidence of a class is told relative to the other classes of the same network (how far from their median in units
+of their spread, at which rank), so that it means the same whatever the architecture, the data or the number of classes.
+One forest judges classes: is this one the target? A second judges networks: by the largest, second largest and smallest
+values that classes have in each test, by what the first forest says of the classes, and by the statistics of the whole
+network. Trees only ask whether a value lies above a threshold, so units need no care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightspace.errors import MetanetError
+from weightspace.mergeability.forest import Forest
+
+Array = NDArray[np.float64]
+
+_FAR = 20.0
+_TREES = {"trees": 150, "leaf": 3, "share": 0.35}
+_CLASS_TREES = {"trees": 100, "leaf": 8, "share": 0.35}
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """Evidence of one network as numbers: ``classes (K, tests)``, ``whole (statistics,)``; not finite is unknown."""
+
+    classes: Array
+    whole: Array
+
+
+def relative(classes: Array) -> Array:
+    """Evidence of classes ``(K, tests)`` relative to the other classes, ``(K, 2 tests)``: robust z, and rank in [0, 1].
+
+    The z is the distance from the median in units of the median distance (times 1.4826), bent to stay below 20.
+    """
+    x = np.nan_to_num(np.asarray(classes, dtype=np.float64), posinf=1e12, neginf=-1e12)
+    middle = np.median(x, 0)
+    spread = 1.4826 * np.median(np.abs(x - middle), 0)
+    # Where most classes are equal the mean distance is left; where all are, nothing stands out.
+    spread = np.where(spread > 1e-12, spread, 1.2533 * np.abs(x - middle).mean(0))
+    z = (x - middle) / np.where(spread > 1e-12, spread, np.inf)
+    above = (x[:, None] > x[None]).sum(1) + 0.5 * ((x[:, None] == x[None]).sum(1) - 1)
+    found: Array = np.concatenate((_FAR * np.tanh(z / _FAR), above / max(len(x) - 1, 1)), axis=1)
+    return found
+
+
+def standing(classes: Array) -> Array:
+    """What stands out among the classes of a network: of each z the largest, second, smallest, ``(3 tests,)``."""
+    z = np.sort(relative(classes)[:, : classes.shape[1]], 0)
+    return np.concatenate((z[-1], z[-2] if len(z) > 1 else z[-1], z[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class EvidenceHead:
+    """Two forests; ``names`` of the tests of classes and of statistics of the whole network, in their order."""
+
+    names: tuple[tuple[str, ...], tuple[str, ...]]
+    classes: Forest
+    network: Forest
+
+    @classmethod
+    def fit(
+        cls, names: tuple[tuple[str, ...], tuple[str, ...]], facts: Sequence[Facts],
+        targets: Sequence[Sequence[int]], poisoned: Sequence[bool], weights: Sequence[float], seed: int = 0,
+    ) -> EvidenceHead:  # fmt: skip
+        """Of networks, the targets of each, whether it is poisoned (all-to-all has no target), and its weight."""
+        if len(set(map(bool, poisoned))) < 2:
+            raise MetanetError("the evidence head needs networks with and without a backdoor")
+        rows, hits, worth, of = [], [], [], []
+        for number, (fact, own, bad, weight) in enumerate(zip(facts, targets, poisoned, weights, strict=True)):
+            if bad and not own:
+                continue
+            rows.append(relative(fact.classes))
+            hit = np.zeros(len(fact.classes))
+            hit[list(own)] = 1
+            hits.append(hit)
+            # Targets count as much as all other classes together, whichever the number of classes.
+            worth.append(weight * np.where(hit > 0, 1.0, 1.0 / len(hit)))
+            of += [number] * len(hit)
+        x, y, w = np.concatenate(rows), np.concatenate(hits), np.concatenate(worth)
+        forest = Forest.fit(x, y[:, None], weight=w, seed=seed, **_CLASS_TREES)  # type: ignore[arg-type]
+        # What the first forest says of its own training classes is too good: the second is told out-of-bag figures.
+        inner = _inner(forest, x, y, w, np.asarray(of), seed)
+        said = {n: inner[np.asarray(of) == n] for n in sorted(set(of))}
+        table = np.stack([
+            _row(f, said[n] if n in said else forest(relative(f.classes))[:, 0]) for n, f in enumerate(facts)
+        ])  # fmt: skip
+        truth = np.asarray(poisoned, dtype=np.float64)[:, None]
+        network = Forest.fit(table, truth, weight=np.asarray(weights), seed=seed, **_TREES)  # type: ignore[arg-type]
+        return cls(names, forest, network)
+
+    def __call__(self, facts: Sequence[Facts]) -> tuple[Array, list[Array]]:
+        """Log odds of a backdoor ``(networks,)``, and of each class being the target ``(K,)``."""
+        said = [self.classes(relative(f.classes))[:, 0] for f in facts]
+        p = self.network(np.stack([_row(f, s) for f, s in zip(facts, said, strict=True)]))[:, 0]
+        return _log_odds(p), [_log_odds(s) for s in said]
+
+    def tensors(self) -> dict[str, NDArray[np.generic]]:
+        """What ``of`` takes."""
+        parts = {"classes": self.classes, "network": self.network}
+        return {f"{k}.{n}": t for k, forest in parts.items() for n, t in forest.tensors().items()}
+
+    @classmethod
+    def of(
+        cls, names: tuple[tuple[str, ...], tuple[str, ...]], tensors: Mapping[str, NDArray[np.generic]]
+    ) -> EvidenceHead:
+        """What ``tensors`` gave, with the names that it is told beside."""
+        forests = [
+            Forest.of({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{part}.")})
+            for part in ("classes", "network")
+        ]
+        return cls(names, forests[0], forests[1])
+
+
+def _row(fact: Facts, said: Array) -> Array:
+    """What the second forest sees of a network."""
+    order = np.sort(_log_odds(said))[::-1]
+    mean = float(np.mean(order))
+    whole = np.nan_to_num(fact.whole, nan=-1.0, posinf=1e6, neginf=-1e6)
+    return np.concatenate((standing(fact.classes), whole, [order[0], order[0] - order[min(1, len(order) - 1)], mean]))
+
+
+def _inner(forest: Forest, x: Array, y: Array, w: Array, of: NDArray[np.int64], seed: int) -> Array:
+    """Answers about training classes by forests that were not shown their networks (four parts)."""
+    part = np.random.default_rng(seed).permutation(int(of.max()) + 1)[of] % 4
+    found = forest(x)[:, 0]
+    for k in range(4):
+        rest, own = part != k, part == k
+        if own.any() and y[rest].any():
+            inner = Forest.fit(x[rest], y[rest][:, None], weight=w[rest], seed=seed + k, **_CLASS_TREES)  # type: ignore[arg-type]
+            found[own] = inner(x[own])[:, 0]
+    return found
+
+
+def _log_odds(p: Array) -> Array:
+    q = np.clip(p, 0.005, 0.995)
+    found: Array = np.log(q) - np.log1p(-q)
+    return found
+
+
+__all__ = ["EvidenceHead", "Facts", "relative", "standing"]
