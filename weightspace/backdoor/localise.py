@@ -64,7 +64,7 @@ def locate(
         size = sum(len(index) for index in apart.group.values())
         return Subspace(
             targets, apart.scores, rank(apart.scores), _sorted(layers),
-            touching(wiring, given, {n: i for n, i in apart.group.items() if len(i)}), size, "cut", facts,
+            touching(wiring, given, apart.group), size, "cut", facts,
         )  # fmt: skip
     found, order = _trigger(run, wiring, axis.classes, target, inputs, trigger, seed)
     facts |= {"loss": round(found.loss, 6), "success": round(found.success, 4)}
@@ -146,7 +146,7 @@ def _fed(
 def _inside(wiring: Wiring, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from weightspace.zoo.grafting import cuts_of
 
-    return {name: cut.inner for name, cut in cuts_of(wiring, {n: i for n, i in group.items() if len(i)}).items()}
+    return {name: cut.inner for name, cut in cuts_of(wiring, group).items()}
 
 
 def _sorted(layers: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:

@@ -47,8 +47,10 @@ class Separation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Share:
-    """Shares of links between elements ``rows (m,)`` and ``columns (n,)``: ``values (m, n)``."""
+class Share:
+    """Shares of links between elements ``rows (m,)`` and ``columns (n,)`` of a ``block``: ``values (m, n)``."""
+
+    block: str
 
     rows: Tensor
     columns: Tensor
@@ -68,15 +70,11 @@ def separation(wiring: Wiring, tensors: Mapping[str, Tensor]) -> Separation:
 
     Heads and what is like them count as wholes: what is fibred over them gets their score.
     """
-    starts, total = {}, 0
-    for name, factor in wiring.free.items():
-        if not factor.over:
-            starts[name] = total
-            total += factor.size
+    starts, total = numbered(wiring)
     owner = torch.zeros(total, dtype=torch.long)
     for number, (name, start) in enumerate(starts.items()):
         owner[start : start + wiring.factors[name].size] = number
-    shares = _shares(wiring, tensors, starts)
+    shares = shares_of(wiring, tensors, starts)
     groups = _joined(shares, owner, len(starts), total)
     values = torch.zeros(total, dtype=torch.float64)
     leaves = [conductance(shares, group, total) for group in groups]
@@ -103,7 +101,7 @@ def separation(wiring: Wiring, tensors: Mapping[str, Tensor]) -> Separation:
     return Separation(scores, found, least)
 
 
-def conductance(shares: list[_Share], group: Tensor, total: int) -> float:
+def conductance(shares: list[Share], group: Tensor, total: int) -> float:
     """Share of a group's links that leave it, over that of a random group with as many links; about 1 by chance.
 
     A group without links has 1.
@@ -119,7 +117,21 @@ def conductance(shares: list[_Share], group: Tensor, total: int) -> float:
     return min(1.0, (1 - within / own) / (1 - own / whole)) if 0 < own < whole else 1.0
 
 
-def _shares(wiring: Wiring, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> list[_Share]:
+def numbered(wiring: Wiring) -> tuple[dict[str, int], int]:
+    """Numbers for the elements of every free factor that is not inside another: where each begins, and how many."""
+    starts, total = {}, 0
+    for name, factor in wiring.free.items():
+        if not factor.over:
+            starts[name] = total
+            total += factor.size
+    return starts, total
+
+
+def shares_of(wiring: Wiring, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> list[Share]:
+    """For every block between two such factors how much of their links its elements have in common, in [0, 1].
+
+    The energy of a link over the geometric mean of that of all links of its two ends in this block.
+    """
     lain = structure_of(wiring)
     found = []
     for block in lain.blocks:
@@ -139,7 +151,7 @@ def _shares(wiring: Wiring, tensors: Mapping[str, Tensor], starts: Mapping[str, 
             continue
         down = whole.sum(1) + SMALL * total / len(r)
         across = whole.sum(0) + SMALL * total / len(c)
-        found.append(_Share(r, c, whole / (down[:, None] * across[None]).sqrt()))
+        found.append(Share(block.label, r, c, whole / (down[:, None] * across[None]).sqrt()))
     return found
 
 
@@ -160,7 +172,7 @@ def _units(cell: Cell, starts: Mapping[str, int]) -> Tensor | None:
     return cell.positions()[:, which[0]] + starts[cell.factors[which[0]]]
 
 
-def _joined(shares: list[_Share], owner: Tensor, factors: int, total: int) -> list[Tensor]:
+def _joined(shares: list[Share], owner: Tensor, factors: int, total: int) -> list[Tensor]:
     """Groups that arise by single linkage, span enough axes and hold at most half of each."""
     edges = []
     for s in shares:
@@ -205,4 +217,4 @@ def _joined(shares: list[_Share], owner: Tensor, factors: int, total: int) -> li
     return found
 
 
-__all__ = ["APART", "Separation", "conductance", "separation", "structure_of"]
+__all__ = ["APART", "Separation", "Share", "conductance", "numbered", "separation", "shares_of", "structure_of"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from weightspace.errors import WeightspaceError
 from weightspace.paths import write_whole
 from weightspace.tagged import KEY, facts_of
+
+if TYPE_CHECKING:
+    from weightspace.wiring.wiring import Wiring
 
 _FORMAT = "weightspace-subspace"
 _VERSION = 1
@@ -127,6 +130,18 @@ class Subspace:
         for element in self.ranked[: self.size if count is None else count]:
             found[element.factor][element.index] = True
         return found
+
+    def show(self, wiring: Wiring, tensors: Mapping[str, Tensor], *, top: int = 12) -> Any:
+        """The subspace on the parameter graph, a plotly figure; see ``weightspace.backdoor.show``."""
+        from weightspace.backdoor.show import figure
+
+        return figure(self, wiring, tensors, top=top)
+
+    def spectra(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Singular values of the blocks and of what they carry, a plotly figure."""
+        from weightspace.backdoor.show import spectra
+
+        return spectra(self, tensors)
 
     def to_json(self, indent: int | None = None) -> str:
         """Everything but the directions themselves, as JSON text; of the elements the first 200."""
