@@ -90,7 +90,7 @@ def test_data_of_every_model(perceptron: tuple[nn.Module, Any]) -> None:
         entries(models_of(wiring, states, "images"))
 
 
-@pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging", "concrete"])
+@pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging", "concrete", "dam"])
 def test_what_runs_the_network_needs_data_and_a_proof(method: str, perceptron: tuple[nn.Module, Any]) -> None:
     module, wiring = perceptron
     base, states = drawn(module, 2)
@@ -313,6 +313,54 @@ def test_entropy_falls(method: str, hyper: dict[str, Any], kind: str, perceptron
             assert near(after.tensors["2.bias"][own], state["2.bias"][own])
     assert loss(after.tensors) < loss(before.tensors) - (0.02 if kind == "free" else 0.01)
     assert all(torch.equal(after.tensors[n], again.tensors[n]) for n in base)
+
+
+# ------------------------------------------------------------------------------------ safety-aware
+
+
+def test_dam_leaves_out_what_no_clean_input_uses(perceptron: tuple[nn.Module, Any]) -> None:
+    """One model answers to an input that is always zero in the data: the second mask closes on what reads it."""
+    module, wiring = perceptron
+    base, states = drawn(module, 3, 0.1)
+    for state in states:
+        state["0.weight"][:, 4] = base["0.weight"][:, 4]
+    states[0]["0.weight"][:, 4] += 4.0
+    x = torch.randn(64, 5)
+    x[:, 4] = 0
+    models = models_of(wiring, states, x, base)
+    start = ws.merge(states, "dam", base=base, wiring=wiring, data=x, steps=0).tensors
+    assert start is not None
+    for n, t in start.items():
+        tau = sum((s[n] - base[n] for s in states), torch.zeros(()))
+        assert near(t, base[n] + 0.3 * torch.tensor(3.0).sigmoid() * tau)
+    hyper = {"steps": 40, "rate": 1e-3, "guard": 0.3, "size": 1.0}
+    safe = ws.merge(states, "dam", base=base, wiring=wiring, data=x, **hyper).tensors
+    plain = ws.merge(states, "dam", base=base, wiring=wiring, data=x, **{**hyper, "safety": 0.0}).tensors
+    again = ws.merge(states, "dam", base=base, wiring=wiring, data=x, **hyper).tensors
+    assert safe is not None
+    assert plain is not None
+    assert again is not None
+    assert all(torch.equal(safe[n], again[n]) for n in safe)
+    hit = x.clone()
+    hit[:, 4] = 3.0
+    network = Network(models)
+
+    def moved(tensors: State) -> float:
+        clean, bad = (network.outputs(tensors, MergeData(v)).argmax(1) for v in (x, hit))
+        return float((clean != bad).float().mean())
+
+    def read(tensors: State) -> float:
+        return float((tensors["0.weight"] - base["0.weight"])[:, 4].norm())
+
+    assert read(safe) < 0.9 * read(plain)
+    assert moved(safe) <= moved(plain)
+
+
+def test_dam_has_no_gradient_for_words(perceptron: tuple[nn.Module, Any]) -> None:
+    _, wiring = perceptron
+    base, states = drawn(perceptron[0], 2)
+    with pytest.raises(MergeError, match="floating-point"):
+        ws.merge(states, "dam", base=base, wiring=wiring, data=torch.ones(8, 5, dtype=torch.int64))
 
 
 # ------------------------------------------------------------------------------------ without data
@@ -595,7 +643,9 @@ def test_neurons_and_models_may_come_in_any_order(method: str, seed: int, percep
         assert all(near(again[n], plain[n], 1e-3) for n in plain)
 
 
-@pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging", "concrete", "wudi", "doge", "widen", "knots"])
+@pytest.mark.parametrize(
+    "method", ["fisher", "regmean", "adamerging", "concrete", "dam", "wudi", "doge", "widen", "knots"]
+)
 def test_running_statistics_counters_and_files(method: str, tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
     x = torch.randn(12, 1, 4, 4)
@@ -607,8 +657,8 @@ def test_running_statistics_counters_and_files(method: str, tmp_path: Path) -> N
     for i, state in enumerate(states):
         save_file(state, tmp_path / f"{i}.safetensors")
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
-    hyper = {"steps": 2} if method in ("adamerging", "concrete", "wudi", "doge") else {}
-    data = x if method in ("fisher", "regmean", "adamerging", "concrete") else None
+    hyper = {"steps": 2} if method in ("adamerging", "concrete", "dam", "wudi", "doge") else {}
+    data = x if method in ("fisher", "regmean", "adamerging", "concrete", "dam") else None
     out = tmp_path / "out.safetensors"
     ws.merge(paths, method, base=base, out=out, wiring=wiring, data=data, **hyper)
     merged = ws.open(out)

@@ -20,6 +20,7 @@ _CLASSES: dict[str, tuple[str, str]] = {
     "regmean": ("regmean", "RegMean"),
     "adamerging": ("adamerging", "AdaMerging"),
     "concrete": ("concrete", "Concrete"),
+    "dam": ("dam", "Dam"),
     "wudi": ("wudi", "Wudi"),
     "doge": ("doge", "Doge"),
     "twin-merging": ("twin", "Twin"),
