@@ -163,11 +163,15 @@ def page() -> None:
     ui.need(name != base, "The base is the model itself: choose another one, or none.")
     of = [shelf.content(name), base and shelf.content(base), file]
     found = ui.work(f"Scanning {name}", SCAN, shelf.address(name), base and shelf.address(base), file, of=of)
-    if found is None:
+    scanned = ui.begun(SCAN, of)
+    if found is None and (scanned is None or scanned.state != "failed"):
         return
-    verdict(found)
+    target = None
+    if found is not None:
+        verdict(found)
+        if found["target"] is not None and found["flagged"]:
+            target = int(found["target"])
     st.divider()
-    target = None if found["target"] is None or not found["flagged"] else int(found["target"])
     with ui.said():
         subspace = where(shelf, name, target, base, file)
     st.divider()

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from weightspace.errors import ZooError
 from weightspace.explorer.style import size as as_size
 
-LARGEST = 512
+LARGEST = 400
 """Megabytes of one uploaded file; larger models are opened from their folder."""
 MOST_FILES = 200
 MOST_BYTES = 4 << 30
