@@ -106,7 +106,7 @@ def make(
             build_zoo(load("backdoors"), zoo, progress=progress, data=data)
     networks = labelled(zoos, progress)
     worked = [n for n in networks if n.worked]
-    some, names, left = entries(worked, cache, progress)
+    some, names, left = entries(worked, cache, progress, tests=bool(options.get("evidence", True)))
     _log.info("%d networks, %d attacks that failed, %d not read", len(some), len(networks) - len(worked), len(left))
     out.mkdir(parents=True, exist_ok=True)
     detector = fit(some, names, **options).save(out)

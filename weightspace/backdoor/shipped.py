@@ -79,11 +79,12 @@ class Heads:
             told.append((0, metanets.read(self.nets, examples)))
         if self.questions:
             told.append((1, read_answers(self.questions, [s.asked for s in seen])))
-        by_tests = [head([s.facts for s in seen]) for head in self.evidence]
-        told.append((2, (
-            np.mean([t[0] for t in by_tests], axis=0),
-            [np.mean([t[1][n] for t in by_tests], axis=0) for n in range(len(seen))],
-        )))  # fmt: skip
+        if self.evidence:
+            by_tests = [head([s.facts for s in seen]) for head in self.evidence]
+            told.append((2, (
+                np.mean([t[0] for t in by_tests], axis=0),
+                [np.mean([t[1][n] for t in by_tests], axis=0) for n in range(len(seen))],
+            )))  # fmt: skip
         for number, (whole, each) in told:
             odds[:, number] = np.asarray(whole)
             for row, own in zip(classes, each, strict=True):
@@ -126,8 +127,8 @@ class Detector:
 
     @property
     def tests(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the evidence it reads: of classes, and of whole networks."""
-        return self.heads.evidence[0].names
+        """Names of the evidence it reads, of classes and of whole networks; empty where it reads none."""
+        return self.heads.evidence[0].names if self.heads.evidence else ((), ())
 
     def read(self, seen: Sequence[Observed]) -> Said:
         """About networks that were observed."""
@@ -148,7 +149,7 @@ class Detector:
 
         The classes of a clean network are not alike, so that as they stand these p-values are too small.
         """
-        return tail(self.plain, -float(np.log10(max(p_value, 1e-300))))
+        return p_value if len(self.plain) < 8 else tail(self.plain, -float(np.log10(max(p_value, 1e-300))))
 
     # ---------------------------------------------------------------- files
 
@@ -178,6 +179,7 @@ class Detector:
             "limits": self.range.limits.to_dict(), "figures": dict(self.figures),
         }  # fmt: skip
         data = save({k: v.contiguous() for k, v in tensors.items()}, {"weightspace": json.dumps(facts)})
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / WEIGHTS, data)
         return Detector.load(folder)
 

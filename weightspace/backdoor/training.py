@@ -71,11 +71,12 @@ class Trained:
 
 
 def entries(
-    networks: Sequence[Labelled], cache: Path | None = None, progress: bool = False
+    networks: Sequence[Labelled], cache: Path | None = None, progress: bool = False, tests: bool = True
 ) -> tuple[list[Entry], Names, dict[str, str]]:
     """The networks as heads read them, the names of their evidence, and those left out with the reason.
 
-    ``cache``: a folder that evidence is kept in, by the content of the weights; it is the costly part.
+    ``cache``: a folder that evidence is kept in, by the content of the weights; it is the costly part, and not
+    made where ``tests`` is false.
     """
     from weightspace.progress import bar
 
@@ -88,7 +89,7 @@ def entries(
             tensors = {n: graph.tensor(n) for n in graph.shapes}
             assert graph.wiring is not None, "samples are wired"
             try:
-                seen = observe(tensors, graph.wiring, cache)
+                seen = observe(tensors, graph.wiring, cache, tests)
             except WeightspaceError as error:
                 left[network.sample.name] = " ".join(str(error).split())
                 continue
@@ -124,12 +125,12 @@ def balance(networks: Sequence[Labelled]) -> Array:
 
 def train(
     some: Sequence[Entry], names: Names, *, parts: int = FOLDS, metanet: bool = True, questions: bool = True,
-    epochs: int = 12, asked: int = 25, seed: int = 0, config: dict[str, Any] | None = None,
+    evidence: bool = True, epochs: int = 12, asked: int = 25, seed: int = 0, config: dict[str, Any] | None = None,
 ) -> Trained:  # fmt: skip
     """Heads and how they are weighed, from networks with a backdoor that worked and clean ones.
 
-    ``metanet``, ``questions``: whether these heads are trained, for so many ``epochs`` and ``asked``. Raises
-    ``MetanetError`` where there are too few: fewer groups than parts, or one kind alone.
+    ``metanet``, ``questions``, ``evidence``: whether these heads are trained, the former for so many ``epochs`` and
+    ``asked``. Raises ``MetanetError`` where there are too few: fewer groups than parts, or one kind alone.
     """
     truths = [e.truth for e in some]
     if any(not t.worked for t in truths):
@@ -148,10 +149,12 @@ def train(
     made: list[Heads] = []
     for k in range(parts):
         rest, own = np.flatnonzero(part != k).tolist(), np.flatnonzero(part == k).tolist()
-        head = EvidenceHead.fit(
-            names, [some[i].facts for i in rest], [truths[i].targets for i in rest], y[rest].tolist(),
-            weights[rest].tolist(), seed + k,
-        )  # fmt: skip
+        heads: list[EvidenceHead] = []
+        if evidence:
+            heads.append(EvidenceHead.fit(
+                names, [some[i].facts for i in rest], [truths[i].targets for i in rest], y[rest].tolist(),
+                weights[rest].tolist(), seed + k,
+            ))  # fmt: skip
         nets: list[metanets.DetectorNet] = []
         asking: list[questioning.Questions] = []
         right, share = [answers[i] for i in rest], weights[rest].tolist()
@@ -161,7 +164,7 @@ def train(
             ))  # fmt: skip
         if questions:
             asking.append(questioning.train([networks[i] for i in rest], right, share, epochs=asked, seed=seed + k))
-        made.append(Heads(tuple(nets), tuple(asking), (head,)))
+        made.append(Heads(tuple(nets), tuple(asking), tuple(heads)))
         told, rows = made[-1]([some[i].seen for i in own])
         odds[own] = told
         for i, row in zip(own, rows, strict=True):
@@ -193,7 +196,7 @@ def fit(some: Sequence[Entry], names: Names, *, seed: int = 0, **options: Any) -
     }  # fmt: skip
     projection, range_ = zone([e.graph for e in some], [t.group for t in truths], y, seed)
     clean = odds[y < 0.5]
-    plain = np.array([-np.log10(max(e.seen.p_value, 1e-300)) for e in some if not e.truth.poisoned])
+    plain = np.array([-np.log10(max(e.seen.p_value, 1e-300)) for e in some if not e.truth.poisoned and e.seen.names[0]])
     return Detector("", trained.heads, trained.stack, trained.mixture, clean, projection, range_, plain, figures)
 
 
