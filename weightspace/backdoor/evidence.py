@@ -23,8 +23,9 @@ from weightspace.wiring.wiring import Wiring
 Array = NDArray[np.float64]
 
 INPUT_TESTS = ("noise_mean", "noise_share", "noise_std", "margin", "margin_mean", "universal", "patch")
+THOROUGH_TESTS = ("seen_mean", "universal_small", "universal_wide", "sparse")
 CLASS_TESTS = (*ROW_TESTS, *INPUT_TESTS, *TOKEN_TESTS, *CHANGE_TESTS)
-"""Columns of ``Evidence.classes``; larger is more suspicious in each."""
+"""Columns of ``Evidence.classes``, before ``THOROUGH_TESTS``; larger is more suspicious in each."""
 TELLING = ("universal", "margin", "patch", "noise_mean", "row_sum", "row_positive", "word_rise")
 """Tests that are combined into the p-value of a network without a reference."""
 
@@ -61,13 +62,16 @@ class Evidence:
 def evidence(
     wiring: Wiring, tensors: Mapping[str, Tensor], *, base: Mapping[str, Tensor] | None = None,
     siblings: Sequence[Mapping[str, Tensor]] = (), inputs: Tensor | None = None, seed: int = 0,
+    thorough: bool = False,
 ) -> Evidence:  # fmt: skip
     """Evidence of a backdoor in a network whose wiring is proved.
 
     ``base``: the network that it was trained on from; ``siblings``: others of the same base, aligned with it: what sets
     it apart from them is looked at too. ``inputs (n, …)``: a few clean examples, in whose bounds, and on which,
-    perturbations are looked for. Raises ``UnprovedWiringError`` for wirings that are not proved,
-    ``NoClassesError`` where outputs are no classes, and ``WeightspaceError`` for weights that are not finite.
+    perturbations are looked for. ``thorough``: with ``THOROUGH_TESTS`` too, at nearly twice the time.
+
+    Raises ``UnprovedWiringError`` for wirings that are not proved, ``NoClassesError`` where outputs are no classes, and
+    ``WeightspaceError`` for weights that are not finite.
     """
     axis = class_axis(wiring, tensors)
     check_finite(tensors)
@@ -75,16 +79,19 @@ def evidence(
     parts = folded(wiring, state)
     cells = parts_of(wiring).cells
     values = row_tests(axis, state, parts)
-    values |= _through_inputs(wiring, state, axis, inputs, seed)
+    values |= _through_inputs(wiring, state, axis, inputs, seed, thorough)
     change = change_of(wiring, state, base, siblings)
     if change is not None:
         values |= change_tests(axis, change)
-    missing = tuple(n for n in CLASS_TESTS if n not in values)
+    names = (*CLASS_TESTS, *THOROUGH_TESTS) if thorough else CLASS_TESTS
+    missing = tuple(n for n in names if n not in values)
     zero = torch.zeros(axis.classes, dtype=torch.float64)
-    table = torch.stack([values.get(n, zero) for n in CLASS_TESTS], 1).numpy()
+    table = torch.stack([values.get(n, zero) for n in names], 1).numpy()
     table = np.nan_to_num(table, nan=0.0, posinf=1e12, neginf=-1e12)
     firsts, gaps = leading(parts, cells)
     found = {"lipschitz": lipschitz(parts, cells), "isolation": isolation(parts, cells), "leading": firsts}
+    if thorough:
+        found["apart"] = isolation(parts, cells, balanced=True)
     channels = {name: by_factor(score, cells, wiring) for name, score in found.items()}
     shares: dict[str, float] = {}
     if change is not None:
@@ -94,7 +101,7 @@ def evidence(
     if "word_outlier" in values:
         # The classes of a network may be two: it is the other words that a word is compared with.
         whole["word_outlier"] = float(values["word_outlier"].max())
-    return _judged(axis, table, missing, whole, channels)
+    return _judged(axis, names, table, missing, whole, channels)
 
 
 def _largest(scores: Mapping[str, Tensor]) -> float:
@@ -102,16 +109,16 @@ def _largest(scores: Mapping[str, Tensor]) -> float:
 
 
 def _judged(
-    axis: ClassAxis, table: Array, missing: tuple[str, ...], whole: Mapping[str, float],
+    axis: ClassAxis, names: tuple[str, ...], table: Array, missing: tuple[str, ...], whole: Mapping[str, float],
     channels: Mapping[str, Mapping[str, Tensor]],
 ) -> Evidence:  # fmt: skip
     each = class_p_values(table)
     alone = largest_p_value(each)
-    done = {n: float(p) for n, p in zip(CLASS_TESTS, alone, strict=True) if n not in missing}
-    telling = [CLASS_TESTS.index(n) for n in TELLING if n not in missing] or [CLASS_TESTS.index("row_sum")]
+    done = {n: float(p) for n, p in zip(names, alone, strict=True) if n not in missing}
+    telling = [names.index(n) for n in TELLING if n not in missing]
     by_class = cauchy(each[:, telling])
     return Evidence(
-        names=CLASS_TESTS, values=table, classes=outlier(table), whole=whole, channels=channels, p_values=done,
+        names=names, values=table, classes=outlier(table), whole=whole, channels=channels, p_values=done,
         p_value=float(cauchy(alone[telling])), target=tuple(int(k) for k in np.argsort(by_class, kind="stable")),
         missing=missing, axis=axis,
     )  # fmt: skip
@@ -151,8 +158,9 @@ def run_logits(wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis) -
 
 
 def _through_inputs(
-    wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis, inputs: Tensor | None, seed: int
-) -> dict[str, Tensor]:
+    wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis, inputs: Tensor | None, seed: int,
+    thorough: bool,
+) -> dict[str, Tensor]:  # fmt: skip
     logits = run_logits(wiring, tensors, axis)
     if logits is None:
         return {}
@@ -165,7 +173,7 @@ def _through_inputs(
             return {}
         return explore_words(logits, example.shape[1], words, axis.classes, generator)
     shape = tuple(int(n) for n in example.shape[1:])
-    return explore(logits, shape, axis.classes, box_of(wiring, inputs), generator)
+    return explore(logits, shape, axis.classes, box_of(wiring, inputs), generator, inputs, thorough)
 
 
-__all__ = ["CLASS_TESTS", "TELLING", "Evidence", "box_of", "evidence", "run_logits"]
+__all__ = ["CLASS_TESTS", "INPUT_TESTS", "TELLING", "THOROUGH_TESTS", "Evidence", "box_of", "evidence", "run_logits"]

@@ -128,18 +128,30 @@ def steepest(logits: Logits, base: Tensor, targets: Tensor, size: int) -> Tensor
     return found
 
 
+def strongest(perturbations: Tensor, places: int) -> Tensor:
+    """Of every perturbation ``(targets, channels, …)`` the places where it is largest, as a mask of its shape."""
+    heat = perturbations.square().sum(1, keepdim=True)
+    flat = heat.flatten(1)
+    top = flat.topk(min(places, flat.shape[1]), 1).indices
+    return torch.zeros_like(flat).scatter(1, top, 1.0).view_as(heat).expand_as(perturbations)
+
+
 def _each(norms: Tensor, like: Tensor) -> Tensor:
     return norms.clamp_min(1e-20).view(-1, *[1] * (like.dim() - 1))
 
 
 def explore(
-    logits: Logits, shape: tuple[int, ...], classes: int, box: Box, generator: torch.Generator
-) -> dict[str, Tensor]:
+    logits: Logits, shape: tuple[int, ...], classes: int, box: Box, generator: torch.Generator,
+    inputs: Tensor | None = None, thorough: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Statistics of every class ``(classes,)``, float64: larger means easier to reach.
 
     ``noise_mean``, ``noise_share``, ``noise_std``: its logit on noise, the share of noise that is taken for it, how
     much its logit varies; ``margin``, ``margin_mean``: MM-BD, best and mean of the starts; ``universal``: mean margin
-    under one perturbation; ``patch``: under one within a square (0 where inputs are no images).
+    under one perturbation; ``patch``: under one within a square (0 where inputs are no images). Perturbations are
+    looked for on noise and what was found for a few classes, or on ``inputs``. If ``thorough``, on what was found for
+    all classes too: ``seen_mean``: mean logit there; ``universal_small``, ``universal_wide``: margins under one
+    perturbation of less, of more norm; ``sparse``: under one of few places, those where the former is strongest.
     """
     noise = box.noise(NOISE, shape, generator)
     with torch.no_grad():
@@ -148,13 +160,13 @@ def explore(
     found = {"noise_mean": z.mean(0), "noise_share": share, "noise_std": z.std(0)}
     targets = chosen(z)
     starts = box.noise(len(targets) * STARTS, shape, generator)
-    reached, _ = climb(logits, starts, targets.repeat_interleave(STARTS), box)
+    reached, ends = climb(logits, starts, targets.repeat_interleave(STARTS), box)
     reached = reached.view(-1, STARTS)
     few = targets[:: max(1, 2 * len(targets) // BASE)][: BASE // 2]
     _, seen = climb(logits, box.noise(len(few), shape, generator), few, box, CLIMB // 4)
     base = torch.cat([seen, noise[: BASE - len(few)]])
     middle = (box.low + box.high) / 2
-    base = middle + (base - middle) / 2
+    base = middle + (base - middle) / 2 if inputs is None else _few(inputs.float())
     size = float(torch.tensor(shape).prod()) ** 0.5
     pushed = easiest(targets, reached.amax(1))
     universal, _ = push(logits, base, pushed, box, 0.075 * size)
@@ -169,7 +181,24 @@ def explore(
         mask = steepest(logits, base, pushed, side)
         stamped, _ = push(logits, base, pushed, box, (shape[0] * side * side) ** 0.5, mask)
         found["patch"] = _filled(stamped.mean(1), pushed, classes)
+    if not thorough:
+        return found
+    seen = ends[::STARTS] if inputs is None else inputs.float()
+    with torch.no_grad():
+        found["seen_mean"] = logits(seen[:NOISE]).double().mean(0)
+    base = _few(seen)
+    small, _ = push(logits, base, pushed, box, 0.05 * size)
+    wide, by = push(logits, base, pushed, box, 0.1 * size)
+    places = strongest(by, side * side or by[0, 0].numel())
+    few_places, _ = push(logits, base, pushed, box, 0.7 * side * shape[0] ** 0.5 or 0.1 * size, places)
+    for name, reach in (("universal_small", small), ("universal_wide", wide), ("sparse", few_places)):
+        found[name] = _filled(reach.mean(1), pushed, classes)
     return found
+
+
+def _few(inputs: Tensor) -> Tensor:
+    """``BASE`` of the inputs, evenly spread."""
+    return inputs[torch.linspace(0, len(inputs) - 1, min(BASE, len(inputs))).long()]
 
 
 def patch_side(shape: tuple[int, ...]) -> int:
@@ -204,4 +233,4 @@ def _filled(values: Tensor, targets: Tensor, classes: int) -> Tensor:
     return out
 
 
-__all__ = ["Box", "chosen", "climb", "easiest", "explore", "margins", "patch_side", "push", "steepest"]
+__all__ = ["Box", "chosen", "climb", "easiest", "explore", "margins", "patch_side", "push", "steepest", "strongest"]

@@ -77,11 +77,12 @@ def cauchy(p: Array, axis: int = -1) -> Array:
 
 
 TOGETHER = (
-    "noise_mean", "noise_share", "noise_std", "margin", "margin_mean", "universal", "patch", "row_sum", "row_positive",
-    "row_apart", "word_rise", "word_gap", "word_least", "word_outlier",
+    "noise_mean", "noise_share", "noise_std", "margin", "margin_mean", "seen_mean", "universal", "universal_small",
+    "universal_wide", "patch", "sparse", "row_sum", "row_positive", "row_apart", "word_rise", "word_gap",
+    "word_least", "word_outlier",
 )  # fmt: skip
 """Tests whose mean makes the score of a class: a backdoor moves all of them a little."""
-BEYOND = ("channel_isolation", "channel_lipschitz", "word_outlier")
+BEYOND = ("channel_isolation", "channel_apart", "channel_lipschitz", "word_outlier")
 """Numbers of the whole network of which the largest is a second score: subnets that stand apart."""
 FEWEST = 8
 """Clean networks that a null needs."""

@@ -18,6 +18,8 @@ from weightspace.wiring.wiring import Wiring
 
 EPSILON = 1e-5
 """Added to running variances."""
+BALANCED = 20
+"""Steps that bring the rows and columns of a block to equal sums."""
 LARGEST = 2048
 """Matrices with a longer short side are not decomposed."""
 
@@ -73,19 +75,23 @@ def lipschitz(parts: Sequence[Folded], cells: Mapping[str, Cell]) -> dict[str, l
     return {name: list(table.values()) for name, table in found.items()}
 
 
-def isolation(parts: Sequence[Folded], cells: Mapping[str, Cell]) -> dict[str, list[Tensor]]:
+def isolation(
+    parts: Sequence[Folded], cells: Mapping[str, Cell], balanced: bool = False
+) -> dict[str, list[Tensor]]:
     """How few others each channel is joined to: ``-log`` of the share of partners that carry its weights, ``(size,)``.
 
     A grafted subnet (SRA, Qi et al. 2022) hangs on its own channels alone. The number of partners is the participation
-    ratio of squared weights, each relative to what that partner's others have, so that scales of layers do not count.
+    ratio of squared weights, each relative to what that partner's others have, so that scales of layers do not count;
+    if ``balanced``, after rows and columns have been brought to equal sums (Sinkhorn & Knopp 1967), so that the scale
+    of no channel counts.
     """
     found: dict[str, list[Tensor]] = {}
     for part in parts:
         mass = part.matrix.square().sum(2)
         if min(mass.shape) < 3:
             continue
-        ends = ((part.block.dst, part.dst, mass, 0), (part.block.src, part.src, mass.T, 1))
-        for name, nodes, table, _ in ends:
+        mass = _balanced(mass) if balanced else mass
+        for name, nodes, table in ((part.block.dst, part.dst, mass), (part.block.src, part.src, mass.T)):
             cell = cells[name]
             if not cell.movable:
                 continue
@@ -95,6 +101,15 @@ def isolation(parts: Sequence[Folded], cells: Mapping[str, Cell]) -> dict[str, l
             here[nodes] = -ratio.clamp(1e-6, 1).log()
             found.setdefault(name, []).append(here)
     return found
+
+
+def _balanced(mass: Tensor) -> Tensor:
+    """A matrix of masses with rows, then columns, divided by their means, over and over; zeros stay zero."""
+    mass = mass / mass.max().clamp_min(1e-300)
+    for _ in range(BALANCED):
+        mass = mass / mass.mean(1, keepdim=True).clamp_min(1e-30)
+        mass = mass / mass.mean(0, keepdim=True).clamp_min(1e-30)
+    return mass
 
 
 def leading(parts: Sequence[Folded], cells: Mapping[str, Cell]) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
