@@ -1,6 +1,8 @@
-"""Coefficients of the model of descent, as ``python tests/benchmarks/lineage.py --calibrate`` prints them.
+"""Coefficients of the model of descent.
 
-Fitted to the families of ``weightspace.lineage.training`` alone.
+Fitted to the families of ``weightspace.lineage.training`` and to recorded trees of the recipes ``families`` (its MNIST
+populations alone) and ``merging`` (its ``mlp`` and ``cnn`` alone); made anew by ``python tests/benchmarks/lineage.py
+--calibrate --with FAMILIES:mnist --with MERGING:mlp --with MERGING:cnn-0``.
 """
 
 from __future__ import annotations
@@ -8,13 +10,10 @@ from __future__ import annotations
 from weightspace.lineage.tree import Weights
 
 WEIGHTS = Weights(
-    inside=(
-        -1.186, 0.588, 0.886, 0.255, -0.048, -1.465, -0.17, 0.814, -1.42, 0.456, 1.611, 0.331, -0.429, -0.248, 1.165,
-        1.397, -0.607,
-    ),
-    outside=(-0.341, -3.095, -0.109),
-)  # fmt: skip
-DIRECTION = 3.0
+    deep=(1.491, 1.824, -0.883, -0.157, -1.881, -1.593, 1.652, -0.724, -0.422, 3.807, -0.331, -0.458, 0.723),
+    top=(-0.189, 1.281, 0.838, -0.491, 4.32, -0.237),
+)
+DIRECTION = 0.96
 """Log odds, per unit of drift, that an edge leads this way and not back."""
 
 __all__ = ["DIRECTION", "WEIGHTS"]

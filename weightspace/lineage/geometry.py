@@ -2,7 +2,8 @@
 
 Let ``p``, ``a`` and ``b`` be the weights of three relatives, ``u = a - p`` and ``w = b - a``.
 
-- *Distance*: a child lies near its parent. ``log |b - a|`` over the distance of ``b``'s nearest relative.
+- *Distance*: a child lies near its parent, and near its parent's other descendants: of two ways down the forest the one
+  at whose end the nearer relatives of ``b`` are.
 - *Drift* of ``a`` to ``b``: ``(|b|^2 - |a|^2) / |w|^2``: 1 for a step at right angles to the weights, 0 for two
   networks as far from the origin as each other, -1 for the way back. Training moves weights outward: a random step does
   in any high dimension, and gradients of scale-invariant layers are at right angles to the weights (van Laarhoven 2017,
@@ -26,20 +27,14 @@ from numpy.typing import NDArray
 
 from weightspace.lineage.sample import Array, Floats, Segment
 
-INNER = (
-    "through", "angle below", "angle above", "far above", "share missing", "share beyond", "lowest angle",
-    "lowest share", "nearer", "drift", "far drift", "step",
+DEEP = (
+    "constant", "angle below", "angle above", "far above", "share missing", "share beyond", "lowest angle",
+    "lowest share", "nearer", "nearest below", "drift", "far drift", "step",
 )  # fmt: skip
-"""Features of ``b`` descending from ``a``, whose own parent is ``p``."""
-ROOT = ("from a root", "drift of a root", "far drift of a root", "span of a root")
-"""Features of ``b`` descending from ``a``, whose parent is not here."""
-FEATURES = ("distance", *INNER, *ROOT)
-OUTSIDE_FEATURES = ("outside", "alone", "most drift")
-"""Features of the parent of ``b`` not being here."""
+"""Features of ``b`` descending from ``a``, a child of its ancestor ``p``, and not from ``p`` otherwise."""
+TOP = ("constant", "drift", "far drift", "span", "nearest below", "alone")
+"""Features of ``b`` descending from ``a``, which has no parent here."""
 GROUPS = 4
-NEAREST = 16
-OUTWARD = 12
-_FORWARD = 0.3
 _CHUNK = 1 << 13
 _LARGE = 2048
 Index = NDArray[np.int64]
@@ -82,43 +77,14 @@ class Geometry:
             norms=self.norms[at], drift=self.drift[square], near=_near(squared),
         )  # fmt: skip
 
-    def candidates(self, b: int) -> Index:
-        """Networks that may be the parent of ``b``: its nearest relatives, and the nearest it drifts away from."""
-        order = self.near[b]
-        outward = order[self.drift[order, b] > _FORWARD][:OUTWARD]
-        return np.union1d(order[:NEAREST], outward)
+    def deep(self, p: int, a: Index, b: int, below: Array) -> Array:
+        """``(candidates, DEEP)`` for ``b``, an ancestor ``p`` of it and the children ``a`` of ``p``.
 
-    def features(self, parents: Index, a: Index, b: int) -> Array:
-        """``(candidates, FEATURES)`` of each ``a`` as the parent of ``b``; ``parents``: their own, below 0 for none."""
-        least = max(float(self.squared[self.near[b][0], b]), self.tiny)
-        far = np.maximum(self.squared[a, b], self.tiny)
-        found = np.zeros((len(a), len(FEATURES)))
-        found[:, 0] = np.clip(0.5 * np.log(far / least), 0, 2)
-        inside = parents >= 0
-        if inside.any():
-            found[inside, 1 : 1 + len(INNER)] = self._inner(parents[inside], a[inside], b)
-        top = a[~inside]
-        drift = self.drift[top, b]
-        span = np.log(np.sqrt(far[~inside] / np.maximum(self.norms[top] + self.norms[b], self.tiny)) / 0.2)
-        found[~inside, 1 + len(INNER) :] = np.stack(
-            [np.ones(len(top)), np.clip(drift, -1, 1), np.clip(drift - 1, 0, 2), np.clip(span, -3, 1.5)], axis=1
-        )
-        return found
-
-    def outside(self, b: int) -> Array:
-        """``(OUTSIDE_FEATURES,)`` of ``b`` having its parent elsewhere."""
-        drift = self.drift[self.candidates(b), b]
-        return np.array([1.0, float(self.count < 3), float(np.clip(drift.max(initial=-1.0), -1, 1))])
-
-    def angle(self, p: int, a: int, b: int) -> float:
-        """Cosine of the steps from ``p`` to ``a`` and from ``a`` to ``b``."""
-        dot = (self.squared[p, b] - self.squared[p, a] - self.squared[a, b]) / 2
-        return float(dot / np.sqrt(max(self.squared[p, a] * self.squared[a, b], self.tiny**2)))
-
-    def _inner(self, p: Index, a: Index, b: int) -> Array:
+        ``below``: squared distance of ``b`` to its nearest relative among each ``a`` and its descendants.
+        """
         before = np.maximum(self.squared[p, a], self.tiny)
         after = np.maximum(self.squared[a, b], self.tiny)
-        whole = np.maximum(self.squared[p, b], self.tiny)
+        whole = max(float(self.squared[p, b]), self.tiny)
         dot = (whole - before - after) / 2
         cosine, share = dot / np.sqrt(before * after), 1 + dot / before
         lowest, least = self._by_group(p, a, b)
@@ -127,18 +93,37 @@ class Geometry:
             [
                 np.ones(len(a)), np.minimum(cosine, 0), np.clip(cosine, 0, 0.3), np.maximum(cosine - 0.4, 0),
                 np.clip(1 - share, 0, 1.5), np.clip(share - 1.5, 0, 1.5), np.clip(lowest, -0.8, 0.2),
-                np.clip(1 - least, 0, 1.5), np.clip(0.5 * np.log(whole / after), -1, 2), np.clip(drift, -1, 1),
+                np.clip(1 - least, 0, 1.5), np.clip(0.5 * np.log(whole / after), -1, 2),
+                np.clip(0.5 * np.log(whole / np.maximum(below, self.tiny)), -1, 3), np.clip(drift, -1, 1),
                 np.clip(drift - 1, 0, 1.5), np.clip(0.5 * np.log(after / before), -2, 2),
             ],
             axis=1,
         )  # fmt: skip
 
-    def _by_group(self, p: Index, a: Index, b: int) -> tuple[Array, Array]:
+    def top(self, a: Index, b: int, below: Array) -> Array:
+        """``(candidates, TOP)`` for ``b`` and networks ``a`` that have no parent here; ``below`` as in ``deep``."""
+        drift, far = self.drift[a, b], np.maximum(self.squared[a, b], self.tiny)
+        span = np.log(np.sqrt(far / np.maximum(self.norms[a] + self.norms[b], self.tiny)) / 0.2)
+        return np.stack(
+            [
+                np.ones(len(a)), np.clip(drift, -1, 1), np.clip(drift - 1, 0, 2), np.clip(span, -3, 1.5),
+                np.clip(0.5 * np.log(far / np.maximum(below, self.tiny)), 0, 2),
+                np.full(len(a), float(self.count < 3)),
+            ],
+            axis=1,
+        )  # fmt: skip
+
+    def angle(self, p: int, a: int, b: int) -> float:
+        """Cosine of the steps from ``p`` to ``a`` and from ``a`` to ``b``."""
+        dot = (self.squared[p, b] - self.squared[p, a] - self.squared[a, b]) / 2
+        return float(dot / np.sqrt(max(self.squared[p, a] * self.squared[a, b], self.tiny**2)))
+
+    def _by_group(self, p: int, a: Index, b: int) -> tuple[Array, Array]:
         g = self.grouped
         own = g[:, a, a]
-        before = own + g[:, p, p] - 2 * g[:, p, a]
+        before = own + g[:, p, p][:, None] - 2 * g[:, p, a]
         after = own + g[:, b, b][:, None] - 2 * g[:, a, b]
-        dot = g[:, a, b] - own - g[:, p, b] + g[:, p, a]
+        dot = g[:, a, b] - own - g[:, p, b][:, None] + g[:, p, a]
         told = (before > self.tiny / len(g)) & (after > self.tiny / len(g))
         before, after = np.where(told, before, 1), np.where(told, after, 1)
         cosine = np.where(told, dot / np.sqrt(before * after), np.inf).min(0)
@@ -177,4 +162,4 @@ def _near(squared: Array) -> Index:
     return np.asarray(np.argsort(apart, axis=1, kind="stable")[:, : max(len(squared) - 1, 0)], dtype=np.int64)
 
 
-__all__ = ["FEATURES", "OUTSIDE_FEATURES", "Geometry", "geometry"]
+__all__ = ["DEEP", "TOP", "Geometry", "Index", "geometry"]

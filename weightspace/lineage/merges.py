@@ -32,6 +32,7 @@ _CONSIDERED = 48
 _LEAST = 5e-3
 _PARENTS = 4
 _LOOKED = 1 << 14
+_SPARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,15 @@ def chosen_sums(
     steps = {i: values[i, at].astype(np.float64) - start for i in candidates}
     blur = 8 * epsilon * (np.abs(start) + np.abs(changed) + sum(np.abs(s) for s in steps.values())) + 1e-12
     share, scales = _explained(changed, steps, blur)
-    used = {i: s for i, s in scales.items() if s > 0}
-    if share < EXPLAINED or len(used) < 2:
+    if share < EXPLAINED or len(scales) < 2:
         return None
+    # As few parents as explain it: a descendant of a parent has much in common with it.
+    for few in (c for size in range(2, len(scales)) for c in combinations(scales, size)):
+        told, theirs = _explained(changed, {i: steps[i] for i in few}, blur)
+        if told >= share - _SPARE and len(theirs) == len(few):
+            share, scales = told, theirs
+            break
+    used, steps = scales, {i: steps[i] for i in scales}
     order = rng.permutation(len(at))
     chance, _ = _explained(changed, {i: s[order] for i, s in steps.items()}, blur)
     if chance > 0.5 + 0.5 * float((np.abs(changed) <= blur).mean()):

@@ -1,9 +1,10 @@
-"""The forest of a family: a conditional logit over the possible parents of each network, then an arborescence.
+"""The forest of a family: every network placed from the top down, then the cheapest arborescence.
 
-The parent of a network is one of its candidates, or not here, with the probabilities of a conditional logit (McFadden
-1974) over ``geometry``'s features. Their logarithms are the costs of the edges, and the minimum arborescence (Chu & Liu
-1965, Edmonds 1967) under one more node that stands for "not here" is the likeliest forest. What speaks for a candidate
-depends on where the candidate itself descends from, so that this is repeated until nothing changes.
+A network starts above the roots and goes down step by step: at each network it either stays, as a child of it, or goes
+on to one of its children, with the probabilities of a conditional logit (McFadden 1974) over ``geometry``'s features.
+Its parent is where it stays; above the roots that means that its parent is not here. The logarithms of the products are
+the costs of all edges, and the minimum arborescence (Chu & Liu 1965, Edmonds 1967) under one more node that stands for
+"not here" is the likeliest forest. As the probabilities depend on the forest, that is repeated until nothing changes.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from weightspace.lineage.sample import Array
 
 OUTSIDE = -1
 """The parent of a network whose parent is not here."""
-_ROUNDS = 8
+_ROUNDS = 6
+_LEAST = math.log(1e-6)
 _NEVER = 50.0
+
+Children = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Coefficients of the logit, in the order of ``geometry.FEATURES`` and ``OUTSIDE_FEATURES``; see ``fitting``."""
+    """Coefficients of the two logits, in the order of ``geometry.DEEP`` and ``geometry.TOP``; see ``fitting``."""
 
-    inside: tuple[float, ...]
-    outside: tuple[float, ...]
+    deep: tuple[float, ...]
+    top: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,12 @@ def children_of(parents: Sequence[int]) -> dict[int, list[int]]:
     return found
 
 
-def below(children: Mapping[int, Sequence[int]], top: int) -> set[int]:
-    """A network and all of its descendants."""
+def below(children: Children, top: int) -> list[int]:
+    """A network and all of its descendants, parents before their children."""
     found = [top]
     for x in found:
         found.extend(children.get(x, ()))
-    return set(found)
+    return found
 
 
 def forest(geometry: Geometry, weights: Weights, blocked: Mapping[int, Collection[int]] | None = None) -> Forest:
@@ -68,59 +72,88 @@ def forest(geometry: Geometry, weights: Weights, blocked: Mapping[int, Collectio
     if count == 1:
         return Forest((OUTSIDE,), (1.0,), 0.0, ((),))
     barred = blocked or {}
-    parents = _first(geometry, barred)
-    chances: list[tuple[Index, Array]] = []
+    parents = _first(geometry, weights, barred)
+    chances: list[dict[int, float]] = []
     seen: set[tuple[int, ...]] = set()
     while tuple(parents) not in seen and len(seen) < _ROUNDS:
         seen.add(tuple(parents))
-        children, now = children_of(parents), np.array(parents, dtype=np.int64)
-        chances = [choice(geometry, now, b, below(children, b), weights, barred.get(b, ())) for b in range(count)]
+        children = children_of(parents)
+        chances = [placements(geometry, children, parents, b, weights, barred.get(b, ())) for b in range(count)]
         graph = nx.DiGraph()
-        for b, (candidates, log_p) in enumerate(chances):
-            graph.add_edge(OUTSIDE, b, weight=min(-float(log_p[-1]), _NEVER))
-            for a, value in zip(candidates, log_p, strict=False):
-                graph.add_edge(int(a), b, weight=min(-float(value), _NEVER))
+        for b, found in enumerate(chances):
+            graph.add_edge(OUTSIDE, b, weight=_NEVER)
+            for a, log_p in found.items():
+                graph.add_edge(a, b, weight=min(-log_p, _NEVER))
         tree = nx.minimum_spanning_arborescence(graph)
         parents = [next(iter(tree.pred[b])) for b in range(count)]
     likely, others = [], []
-    for b, (candidates, log_p) in enumerate(chances):
-        odds = dict(zip([*map(int, candidates), OUTSIDE], np.exp(log_p).tolist(), strict=True))
+    for b, found in enumerate(chances):
+        odds = {a: math.exp(v) for a, v in found.items()}
         likely.append(odds.pop(parents[b], 0.0))
         others.append(tuple(sorted(odds.items(), key=lambda x: -x[1])[:4]))
     total = sum(math.log(max(v, 1e-22)) for v in likely)
     return Forest(tuple(parents), tuple(likely), total, tuple(others))
 
 
+def placements(
+    geometry: Geometry, children: Children, parents: Sequence[int], b: int, weights: Weights,
+    barred: Collection[int] = (),
+) -> dict[int, float]:  # fmt: skip
+    """Log probabilities of the parents of ``b`` in a forest, its own descendants left out."""
+    inside = {*below(children, b), *barred}
+    nearest = closest(geometry, children, parents, b)
+    found: dict[int, float] = {}
+    stack = [(OUTSIDE, 0.0)]
+    while stack:
+        at, so_far = stack.pop()
+        candidates = [a for a in children.get(at, ()) if a not in inside]
+        logs = choice(geometry, at, candidates, b, nearest, weights)
+        found[at] = so_far + float(logs[-1])
+        stack.extend((a, so_far + float(v)) for a, v in zip(candidates, logs, strict=False) if so_far + v > _LEAST)
+    return found
+
+
+def closest(geometry: Geometry, children: Children, parents: Sequence[int], b: int) -> Array:
+    """Squared distance of ``b`` to the nearest of each network and its descendants; ``b`` and its own do not count."""
+    found = geometry.squared[:, b].copy()
+    found[below(children, b)] = np.inf
+    for x in reversed(below(children, OUTSIDE)[1:]):
+        parent = parents[x]
+        if parent != OUTSIDE and found[x] < found[parent]:
+            found[parent] = found[x]
+    return found
+
+
 def choice(
-    geometry: Geometry, parents: Index, b: int, inside: set[int], weights: Weights, barred: Collection[int] = ()
-) -> tuple[Index, Array]:
-    """Candidates for the parent of ``b`` and their log probabilities, last that of none; ``inside``: its descendants.
-
-    Where descendants stand in its way, a candidate is the parent of ``b`` only if they move: it counts all the same.
-    """
-    candidates = geometry.candidates(b)
-    candidates = candidates[~np.isin(candidates, [b, *barred])]
-    own = parents[candidates]
-    # A candidate below b is judged by what is above b, as if b were not there.
-    for _ in range(geometry.count):
-        under = np.isin(own, list(inside))
-        if not under.any():
-            break
-        own = np.where(under, np.where(own == OUTSIDE, OUTSIDE, parents[own]), own)
-    scores = geometry.features(own, candidates, b) @ np.array(weights.inside)
-    logs = np.append(scores, geometry.outside(b) @ np.array(weights.outside))
-    return candidates, np.asarray(logs - np.logaddexp.reduce(logs))
+    geometry: Geometry, at: int, candidates: Sequence[int], b: int, nearest: Array, weights: Weights
+) -> Array:
+    """Log probabilities of going on from ``at`` to each candidate, and at the end of staying."""
+    if not candidates:
+        return np.zeros(1)
+    a: Index = np.asarray(candidates, dtype=np.int64)
+    if at == OUTSIDE:
+        scores = geometry.top(a, b, nearest[a]) @ np.array(weights.top)
+    else:
+        scores = geometry.deep(at, a, b, nearest[a]) @ np.array(weights.deep)
+    scores = np.append(scores, 0.0)
+    return np.asarray(scores - np.logaddexp.reduce(scores))
 
 
-def _first(geometry: Geometry, barred: Mapping[int, Collection[int]]) -> list[int]:
-    """A first forest: each network under the nearest that it drifts away from, outward."""
-    parents = []
-    for b in range(geometry.count):
-        order = geometry.near[b]
-        order = order[~np.isin(order, list(barred.get(b, ())))]
-        outward = order[geometry.drift[order, b] > 0.3]
-        parents.append(int(outward[0]) if len(outward) else OUTSIDE)
+def _first(geometry: Geometry, weights: Weights, barred: Mapping[int, Collection[int]]) -> list[int]:
+    """A first forest: networks are placed one by one, outward."""
+    children: dict[int, list[int]] = {}
+    parents = [OUTSIDE] * geometry.count
+    for b in (int(i) for i in np.argsort(geometry.sign * geometry.norms, kind="stable")):
+        nearest = closest(geometry, children, parents, b)
+        at = OUTSIDE
+        while candidates := [a for a in children.get(at, ()) if a not in barred.get(b, ())]:
+            best = int(choice(geometry, at, candidates, b, nearest, weights).argmax())
+            if best == len(candidates):
+                break
+            at = candidates[best]
+        parents[b] = at
+        children.setdefault(at, []).append(b)
     return parents
 
 
-__all__ = ["OUTSIDE", "Forest", "Weights", "below", "children_of", "choice", "forest"]
+__all__ = ["OUTSIDE", "Forest", "Weights", "below", "children_of", "choice", "closest", "forest", "placements"]
