@@ -77,14 +77,18 @@ class Row:
         return float(self.values[:, i].max()) if len(self.values) < 3 else float(outlier(self.values[:, i]).max())
 
 
-def rows_of(folders: Sequence[Path], results: Path | None, each: int) -> list[Row]:
+def rows_of(folders: Sequence[Path], results: Path | None, each: int, only: str) -> list[Row]:
     """A row per network, those in ``results`` as they are there."""
     known: dict[str, dict[str, Any]] = {}
     if results is not None and results.is_file():
         known = {r["file"]: r for r in map(json.loads, results.read_text().splitlines())}
     found, counts = [], dict[str, int]()
-    for path in (p for folder in folders for p in sorted(folder.glob("*.safetensors"))):
+    paths = [p for folder in folders for p in folder.glob("*.safetensors")]
+    # Run by run, so that an interrupted measurement holds some of every population.
+    for path in sorted(paths, key=lambda p: (p.stem.rsplit("-", 2)[1], p.name)):
         record = read_record(path)
+        if not path.name.startswith(only):
+            continue
         key = f"{path.parent.name}/{path.name}"
         population = str(record.get("population"))
         counts[population] = counts.get(population, 0) + 1
@@ -290,13 +294,14 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--results", type=Path, help="rows are kept here, and not measured again")
     parser.add_argument("--each", type=int, default=0, help="networks of a population, at most")
+    parser.add_argument("--only", default="", help="networks whose file's name begins so")
     parser.add_argument("--folds", type=int, default=6)
     parser.add_argument("--real", nargs="?", const=ROOT.parent / "shared" / "checkpoints", type=Path)
     options = parser.parse_args()
     if options.real:
         real(options.real)
     if options.folders:
-        table(rows_of(options.folders, options.results, options.each), options.folds)
+        table(rows_of(options.folders, options.results, options.each, options.only), options.folds)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Evidence:
     in their standard deviations (see ``null.outlier``). Tests in ``missing`` could not be done for this network
     (no images, no tokens); their columns are 0. ``whole``: numbers of the network. ``channels``: name of a score ->
     factor -> ``(*over, size)``, distance from the median channel in median absolute deviations. ``p_values``: of each
-    test done; ``p_value`` of the telling ones together. ``target``: classes, most suspicious first.
+    test done; ``p_value`` of the telling ones together (1 for two classes without words: there are no others to compare
+    with). ``target``: classes, most suspicious first.
     """
 
     names: tuple[str, ...]
@@ -101,7 +102,8 @@ def evidence(
     if "word_outlier" in values:
         # The classes of a network may be two: it is the other words that a word is compared with.
         whole["word_outlier"] = float(values["word_outlier"].max())
-    return _judged(axis, names, table, missing, whole, channels)
+    leads: Array | None = values["word_p"].numpy() if "word_p" in values else None
+    return _judged(axis, names, table, missing, whole, channels, leads)
 
 
 def _largest(scores: Mapping[str, Tensor]) -> float:
@@ -110,17 +112,24 @@ def _largest(scores: Mapping[str, Tensor]) -> float:
 
 def _judged(
     axis: ClassAxis, names: tuple[str, ...], table: Array, missing: tuple[str, ...], whole: Mapping[str, float],
-    channels: Mapping[str, Mapping[str, Tensor]],
+    channels: Mapping[str, Mapping[str, Tensor]], leads: Array | None,
 ) -> Evidence:  # fmt: skip
     each = class_p_values(table)
     alone = largest_p_value(each)
     done = {n: float(p) for n, p in zip(names, alone, strict=True) if n not in missing}
     telling = [names.index(n) for n in TELLING if n not in missing]
-    by_class = cauchy(each[:, telling])
+    joined = each[:, telling]
+    if leads is not None:
+        # Two classes cannot be compared with others; words can.
+        joined = leads[:, None] if axis.classes < 3 else np.concatenate([joined, leads[:, None]], 1)
+        done["word_lead"] = float(largest_p_value(leads))
+    by_class = cauchy(joined)
+    if axis.classes < 3 and leads is None:
+        by_class = -table[:, telling].mean(1)
+    order = np.argsort(by_class, kind="stable")
     return Evidence(
         names=names, values=table, classes=outlier(table), whole=whole, channels=channels, p_values=done,
-        p_value=float(cauchy(alone[telling])), target=tuple(int(k) for k in np.argsort(by_class, kind="stable")),
-        missing=missing, axis=axis,
+        p_value=float(cauchy(largest_p_value(joined))), target=tuple(int(k) for k in order), missing=missing, axis=axis,
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ SENTENCES = 4
 """Random sentences that every word is put into."""
 WORDS = 2048
 """Words tried at most: of a larger vocabulary those whose vectors are longest, and a sample."""
+SPACINGS = 10
+"""Words after the best one that say how its lead is to be judged."""
 CHUNK = 1024
 """Sentences run at a time."""
 TOKEN_TESTS = ("word_rise", "word_gap", "word_least", "word_outlier")
@@ -33,7 +35,9 @@ def explore_words(
     ``word_rise``: mean rise of the margin by the word that lifts it most, in a random place of ``SENTENCES`` random
     sentences; ``word_gap``: by how much that word is ahead of the tenth best; ``word_least``: the least rise among the
     sentences by the best word; ``word_outlier``: how far the best word lies above the others, in their standard
-    deviations. Words 0 and 1 are taken for padding and unknown.
+    deviations. ``word_p``: p-value of the best word's lead: were the tails exponential, the spacings of the best ones,
+    each times its rank, would be alike (Rényi 1953), so the first over the mean of the next ``SPACINGS`` is an F ratio.
+    Words 0 and 1 are taken for padding and unknown.
     """
     sentences = torch.randint(min(2, words - 1), words, (SENTENCES, length), generator=generator)
     tried = torch.arange(words)
@@ -54,11 +58,24 @@ def explore_words(
     best = order.indices[0]
     others = mean.std(0).clamp_min(1e-12 * mean.abs().max().clamp_min(1e-300))
     return {
+        "word_p": _lead(order.values),
         "word_outlier": ((order.values[0] - mean.mean(0)) / others).clamp(0, 1e3),
         "word_rise": order.values[0],
         "word_gap": order.values[0] - order.values[min(9, len(tried) - 1)],
         "word_least": torch.stack([rises[best[k], :, k].amin() for k in range(classes)]),
     }
+
+
+def _lead(falling: Tensor) -> Tensor:
+    """p-value for each class of the lead of its best word; ``falling (words, classes)`` in descending order."""
+    from scipy.stats import f
+
+    count = min(SPACINGS, len(falling) - 2)
+    if count < 1:
+        return torch.ones(falling.shape[1], dtype=torch.float64)
+    spacings = (falling[: count + 1] - falling[1 : count + 2]) * torch.arange(1, count + 2)[:, None]
+    ratio = spacings[0] / spacings[1:].mean(0).clamp_min(1e-12)
+    return torch.from_numpy(f.sf(ratio.numpy(), 2, 2 * count)).clamp(1e-15, 1.0)
 
 
 __all__ = ["TOKEN_TESTS", "explore_words", "vocabulary"]
