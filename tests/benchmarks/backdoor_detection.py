@@ -141,7 +141,8 @@ def aligned(some: Sequence[Entry], split: Split, seed: int = 0) -> np.ndarray:
         y = np.array([some[i].truth.poisoned for i in learn])
         if len(learn) < 8 or len(set(y.tolist())) < 2:
             continue
-        reference = some[next(i for i in learn if not some[i].truth.poisoned)].graph
+        # The same for all splits: it says where the others are laid, and nothing of them.
+        reference = next(e.graph for e, s in zip(some, shapes, strict=True) if s == shape and not e.truth.poisoned)
         x = np.stack([laid(some[i], reference) for i in learn])
         model = make_pipeline(
             StandardScaler(), PCA(min(32, len(learn) // 2), random_state=seed), StandardScaler(),
