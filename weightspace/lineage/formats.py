@@ -65,7 +65,10 @@ def same_values(
         narrow = {n: _bits(models[n]) for n in (one, other)}
         if apart > 0.02:
             continue
-        parent, child = (one, other) if (narrow[one], other) >= (narrow[other], one) else (other, one)
+        # Of equal types the one with more models of its kind stays where it is.
+        crowd = {n: len(groups[number[n]]) for n in (one, other)}
+        first = (narrow[one], crowd[one], other) >= (narrow[other], crowd[other], one)
+        parent, child = (one, other) if first else (other, one)
         formats = f"{models[parent].format} and {models[child].format}"
         if apart <= 1e-6:
             kind: Kind = "copy" if narrow[one] == narrow[other] else "converted"

@@ -31,6 +31,8 @@ _ATOMS = 10
 _CONSIDERED = 48
 _LEAST = 5e-3
 _PARENTS = 4
+_MOST_PARENTS = 5
+_SEARCHED = 14
 _LOOKED = 1 << 14
 _SPARE = 0.02
 
@@ -53,33 +55,72 @@ class Mixture:
 
 
 def combinations_in(geometry: Geometry, left_out: Collection[int] = ()) -> list[Mixture]:
-    """Exact affine combinations of a family, each network at most once as the merged one; copies are left out."""
-    found: list[Mixture] = []
+    """Exact affine combinations of a family, each network at most once as the merged one; copies are left out.
+
+    Several merges of the same networks depend on each other in many ways. The shortest relations are told first, as
+    many as the dimension of what the networks span falls short of their number.
+    """
     usable = [i for i in range(geometry.count) if i not in left_out]
     if len(usable) < 3:
         return []
+    involved: dict[int, set[int]] = {}
     for m in usable:
         relation = _pursue(geometry, m, [i for i in usable if i != m])
-        if relation is None:
-            continue
-        weights, residual = relation
-        mixture = _read(geometry, m, weights, residual)
-        if mixture is not None:
-            found.append(mixture)
-    found.sort(key=lambda x: (len(x.weights), x.how != "linear", x.residual))
+        if relation is not None:
+            members = {m, *relation[0]}
+            for other in [i for i in members if i in involved]:
+                members |= involved[other]
+            involved |= dict.fromkeys(members, members)
     kept: list[Mixture] = []
-    above: dict[int, set[int]] = {}
-    for mixture in found:
-        # A relation among the same networks is told once, and nothing descends from itself.
-        members = {mixture.merged, *mixture.weights}
-        if any(members == {k.merged, *k.weights} for k in kept):
-            continue
-        ancestors = set(mixture.weights) | {a for w in mixture.weights for a in above.get(w, ())}
-        if mixture.merged in ancestors or mixture.merged in above:
-            continue
-        above[mixture.merged] = ancestors
-        kept.append(mixture)
+    for group in {id(g): sorted(g) for g in involved.values()}.values():
+        kept.extend(_shortest(geometry, group))
     return kept
+
+
+def _shortest(geometry: Geometry, group: Sequence[int]) -> list[Mixture]:
+    """The shortest relations of networks that depend on each other, and which of them each makes a merge."""
+    found: list[Mixture] = []
+    above: dict[int, set[int]] = {}
+    missing = len(group) - 1 - _dimension(geometry, group)
+    for size in range(2, _MOST_PARENTS + 1):
+        now = []
+        for m in group:
+            near = [int(i) for i in geometry.near[m] if int(i) in group][:_SEARCHED]
+            for subset in combinations(near, size):
+                exact = _exact(geometry, m, subset)
+                mixture = None if exact is None else _read(geometry, m, *exact)
+                if mixture is not None:
+                    now.append(mixture)
+        # Of several that are as short, those between their parents are the surest.
+        for mixture in sorted(now, key=lambda x: (min(x.weights.values()) < 0, x.how != "linear", x.residual)):
+            ancestors = set(mixture.weights) | {a for w in mixture.weights for a in above.get(w, ())}
+            if len(found) < missing and mixture.merged not in above and mixture.merged not in ancestors:
+                above[mixture.merged] = ancestors
+                found.append(mixture)
+        if len(found) >= missing:
+            break
+    return found
+
+
+def _dimension(geometry: Geometry, group: Sequence[int]) -> int:
+    """Dimension of the affine space that networks span, up to rounding."""
+    g = geometry.gram[np.ix_(group, group)]
+    g = g - g.mean(0) - g.mean(1)[:, None] + g.mean()
+    apart = float(np.median([geometry.squared[geometry.near[i][0], i] for i in group]))
+    return int((np.linalg.eigvalsh(g) > EXACT * max(apart, geometry.tiny) / len(group)).sum())
+
+
+def _exact(geometry: Geometry, m: int, names: Sequence[int]) -> tuple[dict[int, float], float] | None:
+    """Weights of an affine combination of some networks that is ``m``, all of them needed; None if there is none."""
+    scale = max(float(geometry.squared[geometry.near[m][0], m]), geometry.tiny)
+    a = geometry.gram[np.ix_(names, names)]
+    shift = float(np.trace(a)) / len(names) + geometry.tiny
+    target = geometry.gram[list(names), m]
+    weights = np.asarray(np.linalg.lstsq(a + shift, target + shift, rcond=1e-14)[0], dtype=np.float64)
+    rest = float(geometry.gram[m, m] - 2 * weights @ target + weights @ a @ weights) / scale
+    if rest > EXACT or abs(weights.sum() - 1) > 1e-2 or float(np.abs(weights).min()) < _LEAST:
+        return None
+    return {i: float(w) for i, w in zip(names, weights, strict=True)}, max(rest, 0.0)
 
 
 def _pursue(geometry: Geometry, m: int, others: Sequence[int]) -> tuple[dict[int, float], float] | None:
@@ -113,16 +154,7 @@ def _pursue(geometry: Geometry, m: int, others: Sequence[int]) -> tuple[dict[int
     full = {near[c]: float(w) for c, w in zip(chosen, weights, strict=True)}
     full[first] = 1 - sum(full.values())
     kept = {i: w for i, w in full.items() if abs(w) >= _LEAST}
-    if len(kept) < 2:
-        return None
-    names = list(kept)
-    a = geometry.gram[np.ix_(names, names)]
-    shift = float(np.trace(a)) / len(names) + geometry.tiny
-    weights = np.asarray(np.linalg.lstsq(a + shift, geometry.gram[names, m] + shift, rcond=1e-14)[0], dtype=np.float64)
-    exact = float(geometry.gram[m, m] - 2 * weights @ geometry.gram[names, m] + weights @ a @ weights) / scale
-    if exact > EXACT or abs(weights.sum() - 1) > 1e-2:
-        return None
-    return {i: float(w) for i, w in zip(names, weights, strict=True)}, max(exact, 0.0)
+    return _exact(geometry, m, list(kept)) if len(kept) > 1 else None
 
 
 def _solve(g: Array, t: Array, chosen: Sequence[int]) -> Array:
