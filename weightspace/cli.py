@@ -349,6 +349,7 @@ def score(
         Path | None, typer.Option("--inputs", help="File of unlabelled inputs, a tensor for each model by its name.")
     ] = None,
     no_checks: Annotated[bool, typer.Option("--no-checks", help="Look at names and shapes alone before.")] = False,
+    no_scan: Annotated[bool, typer.Option("--no-scan", help="Do not look for backdoors in the models.")] = False,
     undone: Annotated[Path | None, typer.Option("--undone", help="Folder for protected models, undone.")] = None,
     least: Annotated[
         float | None,
@@ -373,7 +374,7 @@ def score(
         raise MetanetError(f"--least {least:g} was given, a share between 0 and 1 was expected, such as 0.9")
     report = commands.run(
         models, base=base, methods=method or (), known=known or (), zoo=zoo, inputs=inputs, checks=not no_checks,
-        prior=prior, undone=undone, progress=_to_stderr(),
+        prior=prior, undone=undone, scan=not no_scan, progress=_to_stderr(),
     )  # fmt: skip
     if as_json:
         _print_json(report.to_json())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightspace.errors import WeightspaceError
+from weightspace.mergeability.backdoors import warnings
 from weightspace.mergeability.measurements import BARRIER, Measurement, read_measurements
 from weightspace.mergeability.report import GROUPED, MergeReport, Prediction, Scored
 from weightspace.mergeability.score import score
@@ -32,7 +33,7 @@ class Table:
 def run(
     models: Sequence[str], *, base: str | None = None, methods: Sequence[str] = (), known: Sequence[Path] = (),
     zoo: Path | None = None, inputs: Path | None = None, checks: bool = True, prior: Path | None = None,
-    undone: Path | None = None, progress: bool = False,
+    undone: Path | None = None, scan: bool = True, progress: bool = False,
 ) -> MergeReport:  # fmt: skip
     """The report of the models that are named, or of the one folder. ``undone``: where to write undone copies to.
 
@@ -53,7 +54,8 @@ def run(
         measured += read_measurements(file)
     report = score(
         models[0] if len(models) == 1 else list(models), base, tuple(methods) or None, measured or None,
-        None if inputs is None else _inputs(inputs), checks=checks, prior=prior, progress=progress,
+        None if inputs is None else _inputs(inputs), checks=checks, prior=prior, scan=scan,
+        progress=progress,
     )  # fmt: skip
     if undone is not None:
         write_undone(report, undone)
@@ -113,6 +115,9 @@ def findings(report: MergeReport) -> list[str]:
     if not found:
         lines.append("  nothing was found that speaks against a merge")
     lines += [f"  not made {check}: {why}" for check, why in list(flight.skipped.items())[:4]]
+    lines += [f"  {'warning':<8}backdoors: {warning}" for warning in warnings(report.backdoors)]
+    if report.backdoors and not any(v.flagged for v in report.backdoors.values()):
+        lines.append(f"  scanned for backdoors: none of {len(report.backdoors)} models is flagged")
     return lines
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightspace.errors import WeightspaceError
+from weightspace.mergeability.backdoors import warnings
 from weightspace.mergeability.features import PAIR_TERMS, Comparison
 from weightspace.mergeability.measurements import BARRIER, Measurement
 from weightspace.mergeability.outcome import Cells, Observed, Outcome, most_informative
@@ -21,6 +22,8 @@ from weightspace.pretrained.applicability import Applicability
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
+
+    from weightspace.backdoor.verdict import Verdict
 
 Array = NDArray[np.float64]
 
@@ -118,8 +121,9 @@ class MergeReport:
     ``models``: those that were scored; ``left`` says why others were not. ``merges``: all of them together first (of
     more than 8, the most promising pair), then every pair. ``predictions`` and ``best`` are of the first.
     ``preflight`` lists what was found in the files, ``undone`` has the tensors of protected models with the
-    protection undone, which is what was scored. ``notes`` says what was left out and why. ``verdict`` says it all in
-    one sentence.
+    protection undone, which is what was scored. ``backdoors``: what a scan of each model found
+    (``weightspace.mergeability.backdoors``); empty where none was made. ``notes`` says what was left out and why.
+    ``verdict`` says it all in one sentence.
     """
 
     models: tuple[str, ...]
@@ -132,6 +136,7 @@ class MergeReport:
     left: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    backdoors: Mapping[str, Verdict] = field(default_factory=dict)
     _state: Mapping[str, tuple[Outcome, Observed | None]] = field(default_factory=dict, repr=False)
     _cells: Cells | None = field(default=None, repr=False)
     _sets: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
@@ -337,7 +342,8 @@ class MergeReport:
             ],
             "groups": [list(g) for g in self.groups()], "suggest": suggestion, "blocks": blocks,
             "known": [m.to_row() for m in self.known], "left": dict(self.left), "unreadable": dict(self.unreadable),
-            "notes": list(self.notes), "seconds": self.seconds,
+            "backdoors": {name: found.to_json() for name, found in self.backdoors.items()},
+            "warnings": warnings(self.backdoors), "notes": list(self.notes), "seconds": self.seconds,
         })  # fmt: skip
         return found
 
@@ -368,6 +374,9 @@ class MergeReport:
             ]
         out = [*self.left.items(), *self.unreadable.items()]
         lines += [f"  left out: {name} ({why})" for name, why in out[:_SHOWN]]
+        lines += [f"  warning: {warning}" for warning in warnings(self.backdoors)]
+        if self.backdoors and not any(v.flagged for v in self.backdoors.values()):
+            lines.append(f"  scanned for backdoors: none of {len(self.backdoors)} models is flagged")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

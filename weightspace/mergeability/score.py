@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from weightspace.errors import WeightspaceError
+from weightspace.mergeability.backdoors import inherited
 from weightspace.mergeability.features import Comparison, compare
 from weightspace.mergeability.measurements import BARRIER, LETTERS, Known, Measurement, latest, read_measurements
 from weightspace.mergeability.outcome import (
@@ -38,6 +39,7 @@ from weightspace.progress import bar
 if TYPE_CHECKING:
     import pandas as pd
 
+    from weightspace.backdoor.verdict import Verdict
     from weightspace.checkpoint import Checkpoint
     from weightspace.mergeability.prior import Prior
     from weightspace.wiring.wiring import Wiring
@@ -77,6 +79,7 @@ def score(
     *,
     wiring: Wiring | None = None,
     checks: bool = True,
+    scan: bool = True,
     prior: Prior | str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> MergeReport:
@@ -90,8 +93,9 @@ def score(
     ``a, b, method, outcome``; see ``measurements``), which sharpen all else. ``inputs``: a few unlabelled inputs by
     model name, of that model's task: models are merged in memory, and how often the merged one answers as the single
     one does counts as an uncertain measurement. ``checks``: do the preflight; without, only names and shapes are looked
-    at. ``prior``: another merge-ability model than that which comes with weightspace, or the folder that
-    ``weightspace train merge`` wrote it to. ``progress``: show bars on the terminal.
+    at. ``scan``: look whether models carry backdoors that a merge would inherit (``ws.scan``; not of more than 8
+    models, or of large ones). ``prior``: another merge-ability model than that which comes with weightspace, or the
+    folder that ``weightspace train merge`` wrote it to. ``progress``: show bars on the terminal.
 
     Protected models are scored as they are once undone (``report.undone``); models that do not fit are left out and
     named. Of more than 64 models all pairs are ranked, but measured merges cannot be taken into account.
@@ -134,7 +138,7 @@ def score(
     with bar("looking", 2 * len(given) if checks else 0, progress) as step:
         flight = fly(given, origin_name, wiring=wiring, checks=CHECKS if checks else _HEADERS, step=step)
     scoring = _Scoring(flight, using, tuple(methods), tuple(latest(measured)), inputs, left, unreadable, started)
-    scoring.progress = progress
+    scoring.progress, scoring.scan = progress, scan
     return scoring.report()
 
 
@@ -208,6 +212,7 @@ class _Scoring:
         self.notes: list[str] = []
         self.models: dict[str, Checkpoint] = {}
         self.wide = self.progress = False
+        self.scan = True
         self._choose()
         self.names = tuple(self.models)
         self.measured, notes = _about(measured, self.names, {*prior.methods})
@@ -308,10 +313,22 @@ class _Scoring:
             if p.known and not p.measured:
                 found[method][first] = replace(p, terms=explain[method](first))
         ordered = (scored(first), *(m for s, m in merges.items() if s != first))
+        backdoors = self._backdoors()
         return MergeReport(
             self.names, self.flight.base_name, self.flight.report(), ordered, self.measured, tuple(self.notes),
-            comparison, self.left, self.unreadable, time.perf_counter() - self.started, state, cells, tuple(sets),
+            comparison, self.left, self.unreadable, time.perf_counter() - self.started, backdoors, state, cells,
+            tuple(sets),
         )  # fmt: skip
+
+    def _backdoors(self) -> dict[str, Verdict]:
+        """What a scan of each model says; why there was none is a note."""
+        if not self.scan:
+            return {}
+        with bar("scanning", len(self.models), self.progress) as step:
+            found, why = inherited(self.models, self.wiring, self.flight.reference[1].num_parameters, step)
+        if why:
+            self.notes.append(why)
+        return found
 
     def _empty(self, why: str) -> MergeReport:
         self.notes.insert(0, why)
