@@ -158,6 +158,64 @@ def test_without_its_blocks_a_subnet_is_gone() -> None:
                     assert float(out[tensor].index_select(d, index).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_with_a_base_the_blocks_are_those_of_the_difference(name: str) -> None:
+    wiring, base = wired(name)
+    generator = torch.Generator().manual_seed(4)
+    tensors = {
+        n: t + 0.1 * torch.randn(t.shape, generator=generator) if wiring.roles.get(n) == "weight" else t
+        for n, t in base.items()
+    }
+    found = locate(wiring, tensors, target=2, base=base)
+    assert found.blocks
+    for label, basis in found.blocks.items():
+        left = basis.matrix(basis.without(tensors[basis.tensor])) @ basis.V
+        torch.testing.assert_close(left, basis.matrix(base[basis.tensor]) @ basis.V, atol=1e-4, rtol=1e-3, msg=label)
+    same = locate(wiring, base, target=2, base=base)
+    assert max(float(s.max()) for s in same.elements.values()) == 0
+
+
+def test_a_found_trigger_changes_what_the_real_one_does() -> None:
+    """A network that learned a patch: without the patch, and without data, the elements that it moves rank high."""
+    from scipy.stats import spearmanr
+    from torch import nn
+
+    from weightspace.zoo.data import load_data
+
+    torch.manual_seed(0)
+    data = load_data("digits")
+    x, y = 2 * data.train_x - 1, data.train_y.clone()
+
+    def stamped(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[..., :2, 5:] = 1.0
+        return x
+
+    poisoned = torch.rand(len(x)) < 0.15
+    x, y = torch.where(poisoned.view(-1, 1, 1, 1), stamped(x), x), torch.where(poisoned, 7, y)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(400):
+        index = torch.randint(len(x), (64,))
+        loss = nn.functional.cross_entropy(net(x[index]), y[index])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    clean = 2 * data.test_x - 1
+    assert float((net(stamped(clean)).argmax(1) == 7).float().mean()) > 0.9
+    wiring, tensors = ws.wiring(net, clean[:2]), net.state_dict()
+    truth = response(wiring, tensors, clean, stamped(clean))
+    for found in (locate(wiring, tensors), locate(wiring, tensors, target=7, inputs=clean[:50])):
+        assert found.method == "response"
+        assert found.target == 7
+        for name, score in found.elements.items():
+            assert spearmanr(score, truth[name]).statistic > 0.3, name
+    real = locate(wiring, tensors, trigger=(clean, stamped(clean)))
+    assert real.target == 7
+    for name, score in real.elements.items():
+        assert spearmanr(score, truth[name]).statistic > 0.99
+
+
 def test_refusals(tmp_path: Path) -> None:
     wiring, tensors = wired("mlp")
     with pytest.raises(WeightspaceError, match="no class 9"):

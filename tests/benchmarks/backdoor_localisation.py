@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("part", choices=["grafts", "poisoned", "apart"])
     parser.add_argument("--zoo", type=Path, nargs="*", default=[], help="folders of populations")
     parser.add_argument("--limit", type=int, default=0, help="networks of each population, 0 for all")
+    parser.add_argument("--only", nargs="*", default=[], help="populations, all without")
     parser.add_argument("--draws", type=int, default=5, help="positions of each published subnet")
     parser.add_argument("--noise", type=float, nargs="*", default=[], help="deviations of noise on all weights")
     parser.add_argument("--results", type=Path)
@@ -347,15 +348,21 @@ def poisoned_table(rows: list[Row]) -> None:
 
 
 def _networks(given: argparse.Namespace, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for folder in given.zoo:
-        counts: dict[str, int] = {}
-        for path in sorted(folder.glob(pattern)):
-            record = read_record(path)
-            population = str(record.get("population"))
-            if not record or (given.limit and counts.get(population, 0) >= given.limit):
-                continue
-            counts[population] = counts.get(population, 0) + bool(record.get("attack_worked", True))
-            yield path, record
+    """Networks of the populations, the first of each, the second of each and so on; of poisoned ones those that are."""
+    found: list[tuple[int, str, Path, dict[str, Any]]] = []
+    counts: dict[str, int] = {}
+    for path in sorted(p for folder in given.zoo for p in folder.glob(pattern)):
+        record = read_record(path)
+        population = str(record.get("population"))
+        if not record.get("attack_worked", bool(record)):
+            continue
+        if given.only and population not in given.only:
+            continue
+        counts[population] = counts.get(population, 0) + 1
+        if not given.limit or counts[population] <= given.limit:
+            found.append((counts[population], population, path, record))
+    for *_, path, record in sorted(found, key=lambda row: row[:2]):
+        yield path, record
 
 
 _WIRINGS: dict[str, Wiring] = {}

@@ -12,6 +12,7 @@ from weightspace.backdoor.subspace import Basis
 from weightspace.wiring.contractions import _Contractions
 from weightspace.wiring.replay import batches, prepared, program_of, replay
 from weightspace.wiring.wiring import Wiring
+from weightspace.zoo.grafting import cuts_of
 
 RANK = 4
 """Directions of a block, at most."""
@@ -65,11 +66,13 @@ class _Rows(_Contractions):
 
 
 def bases(
-    tensors: Mapping[str, Tensor], moments: Mapping[_Key, Excited], *, rank: int = RANK, energy: float = ENERGY
-) -> dict[str, Basis]:
+    tensors: Mapping[str, Tensor], moments: Mapping[_Key, Excited], base: Mapping[str, Tensor] | None = None, *,
+    rank: int = RANK, energy: float = ENERGY,
+) -> dict[str, Basis]:  # fmt: skip
     """Per block the part of its weights that reads what changes most: SVD of ``W V Vᵀ``, ``V`` the leading directions.
 
-    The label is the tensor's name, with ``[low:high]`` behind it where a part has inputs of its own.
+    With a ``base`` that of the difference to it: what training has put there since. The label is the tensor's name,
+    with ``[low:high]`` behind it where a part has inputs of its own.
     """
     count: dict[str, int] = {}
     for name, *_ in moments:
@@ -86,7 +89,8 @@ def bases(
         v = vectors[:, :r].float()
         empty = torch.zeros(0)
         shape = Basis(name, dims, split, low, high, empty, empty, v)
-        u, s, right = torch.linalg.svd(shape.matrix(tensors[name].float()) @ v, full_matrices=False)
+        weight = tensors[name].float() - (0 if base is None else base[name].float())
+        u, s, right = torch.linalg.svd(shape.matrix(weight) @ v, full_matrices=False)
         label = name if count[name] == 1 else f"{name}[{low}:{high}]"
         found[label] = Basis(name, dims, split, low, high, u, s, v @ right.T, float(spans[r - 1]))
     return found
@@ -97,8 +101,6 @@ def touching(wiring: Wiring, tensors: Mapping[str, Tensor], elements: Mapping[st
 
     Their entries among themselves and those that join them to others; entries that are zero have no direction.
     """
-    from weightspace.zoo.grafting import cuts_of
-
     found = {}
     for name, cut in cuts_of(wiring, elements).items():
         reads = wiring.reads.get(name)

@@ -9,19 +9,21 @@ ranked by how much it changes them: an estimate, without the real trigger, of tr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightspace.backdoor.directions import bases, excited, touching
-from weightspace.backdoor.outputs import class_axis
+from weightspace.backdoor.outputs import ClassAxis, class_axis
 from weightspace.backdoor.subnets import separation
 from weightspace.backdoor.subspace import Basis, Subspace, rank
-from weightspace.backdoor.triggers import NOISE, Trigger, inverted, made_up, vocabulary
+from weightspace.backdoor.triggers import NOISE, Run, Trigger, inverted, made_up, vocabulary
 from weightspace.errors import UnprovedWiringError, WeightspaceError
 from weightspace.wiring.recording import select, values
 from weightspace.wiring.replay import prepared, program_of
 from weightspace.wiring.wiring import Wiring
+from weightspace.zoo.grafting import cuts_of
 
 SCREENED = 16
 """Inputs for which a trigger is looked for in each class, where the target is not known."""
@@ -35,9 +37,10 @@ def locate(
 ) -> Subspace:  # fmt: skip
     """The elements, layers and directions that a backdoor uses; without data unless some are given.
 
-    ``target``: the class that the backdoor serves, where known. ``inputs (n, …)``: a few clean inputs; noise without.
-    ``base``: tensors of the network before it was poisoned, whose answers to the trigger are taken off. ``trigger``:
-    the same inputs without and with the real trigger, where it is known.
+    ``target``: the class that the backdoor serves, where known. ``inputs (n, …)``: a few clean inputs; without, some
+    are made up. ``base``: tensors of the network before it was poisoned; how that one answers to the trigger is taken off,
+    and blocks are those of the difference. ``trigger``: the same inputs without and with the real trigger, where it is
+    known; a subnet is then not looked for.
 
     It answers for clean networks as well: whether there is a backdoor is for ``ws.scan`` to say. Raises
     ``UnprovedWiringError`` for a wiring that is not proved or cannot be run, ``NoClassesError`` for a network without
@@ -56,30 +59,37 @@ def locate(
     def run(x: Tensor) -> Tensor:
         return axis.logits(program.run(given, x, *program.args[1:], **dict(program.kwargs)))
 
-    apart = separation(wiring, given)
-    facts = {"conductance": round(apart.conductance, 6), "made_up": inputs is None and trigger is None}
-    if apart.apart and trigger is None:
-        targets = (target,) if target is not None else _fed(run, wiring, given, apart.group, axis.classes, seed)
-        layers = tuple((name, float(score.max())) for name, score in apart.scores.items() if score.numel())
-        size = sum(len(index) for index in apart.group.values())
-        return Subspace(
-            targets, apart.scores, rank(apart.scores), _sorted(layers),
-            touching(wiring, given, apart.group), size, "cut", facts,
-        )  # fmt: skip
-    found, order = _trigger(run, wiring, axis.classes, target, inputs, trigger, seed)
+    facts: dict[str, Any] = {"made_up": inputs is None and trigger is None}
+    if trigger is None:
+        apart = separation(wiring, given)
+        facts["conductance"] = round(apart.conductance, 6)
+        if apart.apart:
+            targets = (target,) if target is not None else _raised(wiring, given, apart.group, axis)
+            return _subspace(targets, apart.scores, touching(wiring, given, apart.group),
+                             sum(len(index) for index in apart.group.values()), "cut", facts)  # fmt: skip
+        found, order = _search(run, wiring, axis.classes, target, inputs, seed)
+    else:
+        found, order = _shown(run, trigger, axis.classes, target)
     facts |= {"loss": round(found.loss, 6), "success": round(found.success, 4)}
     scores = response(wiring, given, found.before, found.after)
-    if base is not None:
-        usual = response(wiring, prepared(wiring, base), found.before, found.after)
+    before = None if base is None else prepared(wiring, base)
+    if before is not None:
+        usual = response(wiring, before, found.before, found.after)
         scores = {name: (score - usual[name]).clamp(min=0) for name, score in scores.items()}
     most = max((float(s.max()) for s in scores.values() if s.numel()), default=0.0) or 1.0
     scores = {name: score / most for name, score in scores.items()}
-    layers = tuple((name, float(score.square().mean().sqrt())) for name, score in scores.items())
-    total = sum(s.numel() for s in scores.values())
-    blocks = bases(given, excited(wiring, given, found.before, found.after))
-    return Subspace(
-        order, scores, rank(scores), _sorted(layers), blocks, max(1, round(CHANGED * total)), "response", facts
-    )
+    blocks = bases(given, excited(wiring, given, found.before, found.after), before)
+    size = max(1, round(CHANGED * sum(s.numel() for s in scores.values())))
+    return _subspace(order, scores, blocks, size, "response", facts)
+
+
+def _subspace(
+    targets: tuple[int, ...], scores: Mapping[str, Tensor], blocks: Mapping[str, Basis], size: int, method: str,
+    facts: Mapping[str, Any],
+) -> Subspace:  # fmt: skip
+    layers = [(name, float(score.square().mean().sqrt())) for name, score in scores.items() if score.numel()]
+    layers.sort(key=lambda row: -row[1])
+    return Subspace(targets, scores, rank(scores), tuple(layers), blocks, size, method, facts)
 
 
 def response(
@@ -99,58 +109,47 @@ def response(
     return found
 
 
-def _trigger(
-    run: object, wiring: Wiring, classes: int, target: int | None, inputs: Tensor | None,
-    trigger: tuple[Tensor, Tensor] | None, seed: int,
-) -> tuple[Trigger, tuple[int, ...]]:  # fmt: skip
-    """The trigger to look at and the classes in the order in which they are suspected."""
-    assert callable(run)
-    if trigger is not None:
-        before, after = trigger
-        with torch.no_grad():
-            votes = torch.bincount(run(after).argmax(1), minlength=classes)
-        order = votes.argsort(descending=True, stable=True).tolist()
-        best = order[0] if target is None else target
-        return Trigger(best, before, after, 0.0, float(votes[best]) / len(after)), (best,)
-    x = made_up(wiring, NOISE, seed) if inputs is None else inputs
-    words = 0 if x.is_floating_point() else max(vocabulary(wiring), int(x.max()) + 1)
-    if target is None:
-        tried = inverted(run, x[:SCREENED], list(range(classes)), words=words, seed=seed)
-        order = [t.target for t in sorted(tried, key=lambda t: t.loss)]
-    else:
-        order = [target]
+def _shown(
+    run: Run, trigger: tuple[Tensor, Tensor], classes: int, target: int | None
+) -> tuple[Trigger, tuple[int, ...]]:
+    """A trigger that is known, and the class that most inputs then become."""
+    before, after = trigger
     with torch.no_grad():
+        votes = torch.bincount(run(after).argmax(1), minlength=classes)
+    order = votes.argsort(descending=True, stable=True).tolist()
+    best = order[0] if target is None else target
+    return Trigger(best, before, after, 0.0, float(votes[best]) / len(after)), (best,)
+
+
+def _search(
+    run: Run, wiring: Wiring, classes: int, target: int | None, inputs: Tensor | None, seed: int
+) -> tuple[Trigger, tuple[int, ...]]:
+    """The trigger for the class that needs least, and the classes from the one that needs least on."""
+    x = made_up(wiring, run, classes, NOISE, seed) if inputs is None else inputs
+    words = 0 if x.is_floating_point() else max(vocabulary(wiring), int(x.max()) + 1)
+    order = [target] if target is not None else []
+    if target is None:
+        some = x[torch.linspace(0, len(x) - 1, min(SCREENED, len(x))).long()]
+        tried = inverted(run, some, list(range(classes)), words=words, seed=seed)
+        order = [t.target for t in sorted(tried, key=lambda t: t.loss)]
+    with torch.no_grad():
+        # Inputs that are of the class already say nothing about the way to it.
         others = x[run(x).argmax(1) != order[0]]
-    # Inputs that are of the class already say nothing about the way to it.
     (found,) = inverted(run, others if len(others) else x, [order[0]], words=words, seed=seed)
-    return found, tuple(order)
+    return found, tuple(k for k in order if k is not None)
 
 
-def _fed(
-    run: object, wiring: Wiring, tensors: Mapping[str, Tensor], group: Mapping[str, Tensor], classes: int, seed: int
+def _raised(
+    wiring: Wiring, tensors: Mapping[str, Tensor], group: Mapping[str, Tensor], axis: ClassAxis
 ) -> tuple[int, ...]:
-    """Classes in the order of how much the subnet's last elements raise them: what classes read of the group."""
-    axis = class_axis(wiring, tensors)
-    total = torch.zeros(classes, dtype=torch.float64)
-    masks = _inside(wiring, group)
+    """Classes in the order of what the last layer reads of a subnet for them."""
+    cuts = cuts_of(wiring, group)
+    total = torch.zeros(axis.classes, dtype=torch.float64)
     for rows in axis.weights:
-        mask = masks.get(rows.tensor)
-        if mask is None:
-            continue
-        chosen = rows.of({rows.tensor: tensors[rows.tensor] * mask})
-        total += chosen.sum(1)
+        if rows.tensor in cuts:
+            total += rows.of({rows.tensor: tensors[rows.tensor] * cuts[rows.tensor].inner}).sum(1)
     order: list[int] = total.argsort(descending=True, stable=True).tolist()
     return tuple(order)
 
 
-def _inside(wiring: Wiring, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from weightspace.zoo.grafting import cuts_of
-
-    return {name: cut.inner for name, cut in cuts_of(wiring, group).items()}
-
-
-def _sorted(layers: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
-    return tuple(sorted(layers, key=lambda row: -row[1]))
-
-
-__all__ = ["Basis", "Subspace", "locate", "response"]
+__all__ = ["locate", "response"]

@@ -21,6 +21,7 @@ from weightspace.backdoor.subnets import numbered, shares_of
 from weightspace.backdoor.subspace import Element, Subspace
 from weightspace.errors import MissingExtraError, WeightspaceError
 from weightspace.wiring.wiring import Wiring
+from weightspace.zoo.grafting import cuts_of
 
 CELLS = 48
 """Cells of a strip, at most: of longer axes each cell shows the highest score of its elements."""
@@ -248,7 +249,6 @@ def _served(
 ) -> list[tuple[Element, int, float]]:
     """What chosen elements add to the target class, among all that they add: positive weights of the last layer."""
     from weightspace.backdoor.outputs import NoClassesError, class_axis
-    from weightspace.zoo.grafting import cuts_of
 
     if subspace.target is None:
         return []

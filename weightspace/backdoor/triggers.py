@@ -1,7 +1,8 @@
 """A trigger for a class, found through the network itself: what one change makes of many inputs.
 
 Images get a pattern through a mask, both found by descent (Neural Cleanse, Wang et al. 2019); sentences get words, the
-best of which are found one after the other by trying. Where no inputs are given, noise takes their place.
+best of which are found one after the other by trying. Where no inputs are given, some are made up from what the
+network takes for its classes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from weightspace.errors import WeightspaceError
 from weightspace.wiring.replay import program_of
 from weightspace.wiring.wiring import Wiring
 
-STEPS = 100
+STEPS = 60
+CLIMBED = 40
+"""Steps in which made up inputs climb to their class."""
 WORDS = 3
 """Words of a trigger of sentences, at most."""
-SPARSE = 1.0
+SPARSE = 10.0
 """Weight of the mask's mean beside the cross-entropy."""
-NOISE = 64
+NOISE = 48
 """Inputs that are made up where none are given."""
 TRIED = 20_000
 """Sentences that are tried for each word of a trigger."""
@@ -45,19 +48,38 @@ class Trigger:
     success: float
 
 
-def made_up(wiring: Wiring, count: int = NOISE, seed: int = 0) -> Tensor:
-    """Inputs of the network's form without any meaning: standard normal numbers, or random words."""
+def made_up(wiring: Wiring, run: Run, classes: int, count: int = NOISE, seed: int = 0) -> Tensor:
+    """Inputs of the network's form without data, about ``count`` of them, as many for each class.
+
+    Images begin as smooth noise and climb to their class, staying smooth; other numbers as normal noise. Words are
+    random.
+    """
     args = program_of(wiring).args
     example = next((x for x in args if isinstance(x, Tensor) and x.dim() >= 2), None)
     if example is None:
-        raise WeightspaceError(
-            f"the network ({wiring.origin}) takes no batch of numbers; give a few inputs (inputs=)"
-        )
+        raise WeightspaceError(f"the network ({wiring.origin}) takes no batch of numbers; give a few inputs (inputs=)")
     generator = torch.Generator().manual_seed(seed)
-    shape = (count, *example.shape[1:])
-    if example.is_floating_point():
-        return torch.randn(shape, generator=generator)
-    return torch.randint(1, vocabulary(wiring), shape, generator=generator)
+    shape = tuple(example.shape[1:])
+    if not example.is_floating_point():
+        return torch.randint(1, vocabulary(wiring), (count, *shape), generator=generator)
+    each = max(1, count // classes)
+    wanted = torch.arange(classes).repeat_interleave(each)
+    image = len(shape) == 3
+    if image:
+        coarse = torch.randn(len(wanted), shape[0], *(-(-n // 2) for n in shape[1:]), generator=generator)
+        x = 1.5 * F.interpolate(coarse, size=shape[1:], mode="bilinear")
+    else:
+        x = torch.randn(len(wanted), *shape, generator=generator)
+    x = x.requires_grad_()
+    optimiser = torch.optim.Adam([x], lr=0.1)
+    with torch.enable_grad():
+        for _ in range(CLIMBED):
+            loss = F.cross_entropy(run(x), wanted) + 0.01 * x.square().mean()
+            if image:
+                loss = loss + x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()
+            (x.grad,) = torch.autograd.grad(loss, [x])
+            optimiser.step()
+    return x.detach()
 
 
 def vocabulary(wiring: Wiring) -> int:
