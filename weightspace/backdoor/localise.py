@@ -38,9 +38,9 @@ def locate(
     """The elements, layers and directions that a backdoor uses; without data unless some are given.
 
     ``target``: the class that the backdoor serves, where known. ``inputs (n, …)``: a few clean inputs; without, some
-    are made up. ``base``: tensors of the network before it was poisoned; how that one answers to the trigger is taken off,
-    and blocks are those of the difference. ``trigger``: the same inputs without and with the real trigger, where it is
-    known; a subnet is then not looked for.
+    are made up. ``base``: tensors of the network before it was poisoned; how that one answers to the trigger is taken
+    off, and blocks are those of the difference. ``trigger``: the same inputs without and with the real trigger, where
+    it is known; a subnet is then not looked for.
 
     It answers for clean networks as well: whether there is a backdoor is for ``ws.scan`` to say. Raises
     ``UnprovedWiringError`` for a wiring that is not proved or cannot be run, ``NoClassesError`` for a network without
