@@ -65,6 +65,7 @@ def model_card(detector: Detector, failed: int, left: Mapping[str, str]) -> str:
             ("expected calibration error", f"{f['ece']:.3f}"),
         ]),
         "",
+        *_parts(detector),
         "The benchmark `tests/benchmarks/backdoor_detection.py` prints the same per attack, and for unseen attacks, "
         "data and architectures, with intervals and baselines.",
         "",
@@ -79,6 +80,20 @@ def model_card(detector: Detector, failed: int, left: Mapping[str, str]) -> str:
         LIMITS,
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _parts(detector: Detector) -> list[str]:
+    """Per attack and per family, of the same held-out networks."""
+    def shown(x: float) -> str:
+        return "" if x < 0 else f"{x:.3f}"
+
+    f = detector.figures
+    attacks = [(k, f"{v[0]:.0f}", *map(shown, v[1:])) for k, v in f.get("by_attack", {}).items()]
+    families = [(k, f"{v[0]:.0f}", f"{v[1]:.0f}", shown(v[2])) for k, v in f.get("by_family", {}).items()]
+    return [
+        _table(("attack", "networks", "AUROC against all clean ones", "target first", "target in three"), attacks), "",
+        _table(("networks", "number", "poisoned", "AUROC within"), families), "",
+    ]  # fmt: skip
 
 
 def _size(nets: Sequence[nn.Module]) -> int:

@@ -25,7 +25,7 @@ from weightspace.backdoor.calibration import Stack, auroc, brier, cross_entropy,
 from weightspace.backdoor.head import EvidenceHead, Facts
 from weightspace.backdoor.population import Labelled
 from weightspace.backdoor.scanning import Observed, observe
-from weightspace.backdoor.shipped import HEADS, Detector, Heads, fit_mixture, joined
+from weightspace.backdoor.shipped import HEADS, Detector, Heads, fit_mixture, joined, mixed
 from weightspace.errors import MetanetError, WeightspaceError
 from weightspace.graph import ParameterGraph
 from weightspace.metanets.metrics import calibration_error
@@ -194,10 +194,40 @@ def fit(some: Sequence[Entry], names: Names, *, seed: int = 0, **options: Any) -
         "attacks": dict(Counter(t.attack or "clean" for t in truths)),
         "families": dict(Counter(f"{t.kind} on {t.data}" for t in truths)),
     }  # fmt: skip
+    figures |= {"by_attack": by_attack(truths, probability, trained), "by_family": by_family(truths, probability)}
     projection, range_ = zone([e.graph for e in some], [t.group for t in truths], y, seed)
     clean = odds[y < 0.5]
     plain = np.array([-np.log10(max(e.seen.p_value, 1e-300)) for e in some if not e.truth.poisoned and e.seen.names[0]])
     return Detector("", trained.heads, trained.stack, trained.mixture, clean, projection, range_, plain, figures)
+
+
+def by_attack(truths: Sequence[Labelled], probability: Array, trained: Trained) -> dict[str, list[float]]:
+    """Of each attack: networks, AUROC against all clean ones, how often its target comes first, and in three."""
+    attack = np.array([t.attack for t in truths])
+    found = {}
+    for name in sorted(set(attack) - {""}):
+        own = np.flatnonzero(attack == name)
+        beside = (attack == name) | (attack == "")
+        ranks = [
+            min(int((odds > odds[t]).sum()) for t in truths[i].targets)
+            for i in own.tolist() if truths[i].targets for odds in [mixed(trained.mixture, trained.classes[i])]
+        ]  # fmt: skip
+        first, three = (float(np.mean([r < k for r in ranks])) if ranks else float("nan") for k in (1, 3))
+        area = auroc((attack[beside] != "").astype(np.float64), probability[beside])
+        found[str(name)] = [round(x, 4) if x == x else -1.0 for x in (float(len(own)), area, first, three)]
+    return found
+
+
+def by_family(truths: Sequence[Labelled], probability: Array) -> dict[str, list[float]]:
+    """Of each family: networks, poisoned ones, AUROC within it."""
+    family = np.array([f"{t.kind} on {t.data}" for t in truths])
+    y = np.array([t.poisoned for t in truths], dtype=np.float64)
+    found = {}
+    for name in sorted(set(family)):
+        own = family == name
+        area = auroc(y[own], probability[own])
+        found[str(name)] = [float(own.sum()), float(y[own].sum()), round(area, 4) if area == area else -1.0]
+    return found
 
 
 def honest(odds: Array, groups: Sequence[str], y: Array, weights: Array, seed: int = 0, parts: int = 5) -> Array:
