@@ -43,6 +43,7 @@ _EXPORTS = {
     "merge": "weightspace.merge",
     "score": "weightspace.mergeability.score",
     "scan": "weightspace.backdoor.verdict",
+    "locate": "weightspace.backdoor.localise",
     "metanets": "weightspace.metanets",
     "embed": "weightspace.pretrained",
     "predict_accuracy": "weightspace.pretrained",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from weightspace.align import align as align
     from weightspace.align import align_many as align_many
     from weightspace.align.barrier import barrier as barrier
+    from weightspace.backdoor.localise import locate as locate
     from weightspace.backdoor.verdict import scan as scan
     from weightspace.checkpoint import Checkpoint as Checkpoint
     from weightspace.checkpoint import open as open
