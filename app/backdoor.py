@@ -118,7 +118,9 @@ def take_out(shelf: Shelf, name: str, target: int | None, base: str | None, file
         two.metric("Answered as before", f"{done['kept']:.1%}", help="Share of held-out inputs")
     if shelf.fact(name, "data") or shelf.fact(name, "task"):
         both = ui.work("Measuring accuracy", BESIDE, shelf.address(name), str(out), of=[of, "accuracy"], label="both")
-        if both is not None:
+        if isinstance(both, str):
+            st.caption(f":material/info: Its accuracy was not measured: {both}")
+        elif both is not None:
             three.metric("Accuracy on its own test data", f"{both['after']:.1%}",
                          f"{100 * (both['after'] - both['before']):+.1f} points")  # fmt: skip
     changes = pd.DataFrame(sorted(done["changes"].items(), key=lambda kv: -kv[1]), columns=["tensor", "change"])

@@ -65,7 +65,7 @@ def permutation(found: Diff, name: str) -> None:
         st.info(found.declined or "There is no axis that may be permuted.", icon=":material/info:")
         return
     labels = {m.axis: f"{m.axis}: {m.size:,} elements, {m.moved:.0%} moved" for m in found.moves}
-    axis = st.selectbox("Axis", list(labels), format_func=lambda x: labels.get(x, x), key="axis", bind="query-params")
+    axis = st.selectbox("Axis", list(labels), format_func=lambda x: labels.get(x, x), key="moved", bind="query-params")
     move = next(m for m in found.moves if m.axis == axis)
     ui.chart(diff.draw_move(move, ui.dark()), f"{name}-{axis}",
              f"Similarity of the elements of A to those of B along {axis}: scattered as they are, on the diagonal "
@@ -81,7 +81,7 @@ def neurons(found: Diff, name: str) -> None:
         st.info("Neurons are compared where both networks are of one architecture that is "
                 "wired.", icon=":material/info:")
         return
-    axis = st.selectbox("Axis", list(found.neurons), key="axis", bind="query-params")
+    axis = st.selectbox("Axis", list(found.neurons), key="of_axis", bind="query-params")
     before, after = found.neurons[axis]
     ui.chart(diff.draw_neurons(before, after), f"{name}-{axis}-neurons",
              f"How much the weights into and out of each of the {len(before):,} elements of {axis} "
@@ -124,7 +124,7 @@ def page() -> None:
     if found is None:
         return
     verdict(found, a, b)
-    view = st.segmented_control("View", VIEWS, default="Wiring" if found.blocks.empty else "Blocks", key="view",
+    view = st.segmented_control("View", VIEWS, default="Wiring" if found.blocks.empty else "Blocks", key="show",
                                 bind="query-params", required=True, label_visibility="collapsed")  # fmt: skip
     name = f"{a}-{b}".replace("/", "_")
     shown = {"Blocks": blocks, "Permutation": permutation, "Neurons": neurons, "Wiring": structure}

@@ -103,7 +103,8 @@ def page() -> None:
     ui.need(shelf.zoo is not None, "Open a folder on the page Zoo: lineage is told among the models of a zoo.")
     assert shelf.zoo is not None
     zoo, searched = opened(shelf.zoo.folder)
-    text = st.text_input("Only these models", key="q", bind="query-params", placeholder="all of them", help=tables.HELP)
+    text = st.text_input("Only these models", key="among", bind="query-params", placeholder="all of them",
+                         help=tables.HELP)  # fmt: skip
     try:
         kept = tables.matching(zoo.frame, text or "", searched)
     except WeightspaceError as error:

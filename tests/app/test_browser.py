@@ -133,7 +133,7 @@ def visitor(browser: Any, address: str) -> Iterator[Visitor]:
 def test_find_a_model_by_keyboard_and_select_it_in_both(visitor: Visitor) -> None:
     visitor.visit()
     visitor.sees("8 of 8 models")
-    visitor.page.get_by_label("Filter").focus()
+    visitor.page.get_by_role("textbox", name="Filter").focus()
     visitor.page.keyboard.type("relation:permuted")
     visitor.page.keyboard.press("Enter")
     visitor.sees("1 of 8 models")
@@ -269,7 +269,7 @@ def test_the_stories_on_real_files(browser: Any, tmp_path: Path) -> None:
         visitor.sees("Make the merge")
         visitor.visit(f"backdoor?model={twins[0]}")
         visitor.sees("Where it sits")
-        visitor.visit("lineage?q=textgenrnn")
+        visitor.visit("lineage?among=textgenrnn")
         visitor.sees("Descents found")
         visitor.check()
     finally:

@@ -34,7 +34,7 @@ def test_a_shuffled_copy_is_called_one(page: Page) -> None:
                                                                                                "wiring")]
 )
 def test_every_view_is_a_link(page: Page, view: str, words: str) -> None:
-    assert words in texts(page("compare", a="mlp-0.safetensors", b="low-0.safetensors", view=view))
+    assert words in texts(page("compare", a="mlp-0.safetensors", b="low-0.safetensors", show=view))
 
 
 def test_other_architectures_are_compared_by_what_they_share(page: Page) -> None:

@@ -48,7 +48,9 @@ def test_uploads_are_private_and_the_same_bytes_are_kept_once(tmp_path: Path) ->
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     one = uploads.keep(folder, "a.pt", io.BytesIO(b"12"))
     assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    kept = one.stat()
     assert uploads.keep(folder, "a.pt", io.BytesIO(b"12")) == one
+    assert (one.stat().st_ino, one.stat().st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
     assert uploads.keep(folder, "a.pt", io.BytesIO(b"34")).name == "a-2.pt"
     assert sorted(f.name for f in folder.iterdir()) == ["a-2.pt", "a.pt"]
 

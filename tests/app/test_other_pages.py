@@ -57,12 +57,12 @@ def test_the_same_architecture_comes_first(page: Page) -> None:
 
 
 def test_the_lineage_links_children_to_their_base(page: Page) -> None:
-    app = page("lineage", q="mlp-0 low-0 high-0")
+    app = page("lineage", among="mlp-0 low-0 high-0")
     assert "a lineage needs at least two" in app.info[0].value
-    app = page("lineage", q="-cnn", model="low-0.safetensors")
+    app = page("lineage", among="-cnn", model="low-1.safetensors")
     edges = next(f.value for f in app.dataframe if "parent" in f.value)
-    assert ("low-0.safetensors", "mlp-0.safetensors") in list(zip(edges["child"], edges["parent"], strict=True))
-    assert "From **mlp-0.safetensors**" in texts(app)
+    assert ("low-1.safetensors", "mlp-1.safetensors") in list(zip(edges["child"], edges["parent"], strict=True))
+    assert "From **mlp-1.safetensors**" in texts(app)
 
 
 def test_a_backdoor_is_looked_for_and_located(page: Page) -> None:

@@ -130,7 +130,7 @@ def in_browser(folder: Path, chromium: str, times: int = 3) -> dict[str, float]:
                 page.locator(".js-plotly-plot").first.wait_for(timeout=60_000)
                 found.setdefault("first paint: table and map", []).append(time.perf_counter() - started)
                 page.wait_for_timeout(1000)
-                box = page.get_by_label("Filter")
+                box = page.get_by_role("textbox", name="Filter")
                 box.fill("cnn test_accuracy>0.9")
                 before = page.get_by_text(" of ").first.inner_text()
                 started = time.perf_counter()

@@ -70,18 +70,18 @@ def excise(address: str, subspace: str | None, target: int | None, file: str | N
     return {**found, "changed": done.changed}
 
 
-def beside(before: str, after: str) -> dict[str, float]:
-    """Accuracy of the network before and after, on the test data that its record speaks of.
-
-    Raises ``WeightspaceError`` where there are none.
-    """
+def beside(before: str, after: str) -> dict[str, float] | str:
+    """Accuracy of the network before and after, on the test data that its record speaks of; or why there is none."""
     import weightspace as ws
+    from weightspace.errors import WeightspaceError
     from weightspace.explorer.lab import accuracy, examples
 
-    data = examples(before)
-    wiring = ws.wiring(before)
     both = {"before": before, "after": after}
-    return {when: accuracy(wiring, dict(ws.open(file)), data) for when, file in both.items()}
+    try:
+        data, wiring = examples(before), ws.wiring(before)
+        return {when: accuracy(wiring, dict(ws.open(file)), data) for when, file in both.items()}
+    except WeightspaceError as error:
+        return str(error)
 
 
 def _examples(file: str | None) -> tuple[Tensor | None, Tensor | None]:

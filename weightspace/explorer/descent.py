@@ -92,7 +92,7 @@ def draw(found: Mapping[str, Any], chosen: Sequence[str] = (), dark: bool = Fals
     few = len(spot) <= _LABELLED
     made = style.figure(
         height=int(min(2400, max(320, 90 + (24 if few else 9) * -lowest))), hovermode="closest", dragmode="pan",
-        xaxis={"visible": False, "range": [-0.15, deepest + 0.9]}, yaxis={"visible": False},
+        xaxis={"visible": False, "range": [-0.45, deepest + 0.6]}, yaxis={"visible": False},
     )  # fmt: skip
     named: set[str] = set()
     for edge in found["edges"]:
@@ -114,6 +114,8 @@ def draw(found: Mapping[str, Any], chosen: Sequence[str] = (), dark: bool = Fals
         )  # fmt: skip
         named.add(label)
     held = set(chosen)
+    # Names stand where no line leaves.
+    above = {edge["parent"] for edge in found["edges"]}
     names = list(spot)
     parents: dict[str, list[Mapping[str, Any]]] = {}
     for edge in found["edges"]:
@@ -122,7 +124,8 @@ def draw(found: Mapping[str, Any], chosen: Sequence[str] = (), dark: bool = Fals
     made.add_trace(
         go.Scatter(
             x=[spot[n][0] for n in names], y=[spot[n][1] for n in names], mode="markers+text" if few else "markers",
-            text=[style.short(n.removesuffix(".safetensors"), 34) for n in names], textposition="middle right",
+            text=[style.short(n.removesuffix(".safetensors"), 34) for n in names],
+            textposition=["middle left" if n in above else "middle right" for n in names],
             textfont={"size": 11, "color": style.ink(dark)}, customdata=names, hovertext=hover,
             hovertemplate="%{hovertext}<extra></extra>", showlegend=False, cliponaxis=False,
             marker={

@@ -46,6 +46,7 @@ def figure(height: int = 380, **layout: Any) -> go.Figure:
     made.update_layout(
         height=height, margin={"l": 8, "r": 8, "t": 28, "b": 8}, paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)", hoverlabel={"font": {"size": 12}}, colorway=list(CATEGORIES),
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": OTHER, "activecolor": CATEGORIES[0]},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "title": {"text": ""}},
     )  # fmt: skip
     made.update_layout(**layout)
