@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from weightspace.pretrained.applicability import Applicability
 if TYPE_CHECKING:
     from weightspace.backdoor.null import Null
     from weightspace.backdoor.shipped import Detector
+    from weightspace.backdoor.subspace import Subspace
     from weightspace.wiring.wiring import Wiring
 
 LEVEL = 0.05
@@ -76,6 +78,29 @@ class Verdict:
         odds = self.probability / max(1 - self.probability, 1e-12)
         odds *= prior / (1 - prior) * (1 - self.prior) / self.prior
         return odds / (1 + odds)
+
+    @cached_property
+    def subspace(self) -> Subspace:
+        """Where a backdoor for the most suspect class sits; the file is opened again. See ``ws.locate`` for options.
+
+        Raises ``WeightspaceError`` for tensors that came from no file: ``ws.locate`` takes them, with their wiring.
+        """
+        from weightspace.backdoor.localise import locate
+
+        return locate(*self._network(), target=self.target)
+
+    def show(self) -> Any:
+        """The subspace on the parameter graph, a plotly figure."""
+        wiring, tensors = self._network()
+        return self.subspace.show(wiring, tensors)
+
+    def _network(self) -> tuple[Wiring, Mapping[str, Tensor]]:
+        from weightspace.wiring.entry import wiring
+
+        if self.path == "tensors":
+            raise WeightspaceError("the tensors that were scanned came from no file; use ws.locate(wiring, tensors)")
+        found = opened(self.path)
+        return wiring(found), found
 
     def to_json(self) -> dict[str, Any]:
         """``path, probability, p_value, flagged, targets, applicable``, and ``error`` where it could not be scanned."""
