@@ -105,3 +105,19 @@ def test_other_families_are_refused() -> None:
         null.judge(Drawn(clean[0].values[:7], whole=clean[0].whole))
     with pytest.raises(WeightspaceError, match="margin"):
         null.judge(Drawn(clean[0].values, missing=("margin",), whole=clean[0].whole))
+
+
+def test_what_changed_of_a_base_counts_by_itself() -> None:
+    rng = np.random.default_rng(4)
+    names = (*NAMES, "change_sum", "change_norm", "change_leading")
+
+    def fine_tuned(lift: float) -> Drawn:
+        network = drawn(rng)
+        change = rng.standard_normal((10, 3))
+        change[6] += lift
+        return Drawn(np.concatenate([network.values, change], 1), names, whole=network.whole | {"change_share": 0.3})
+
+    null = null_from([fine_tuned(0.0) for _ in range(24)])
+    judged = null.judge(fine_tuned(6.0))
+    assert judged.target[0] == 6
+    assert judged.p_value < 0.01

@@ -1,6 +1,7 @@
 """Backdoors without training: what each test of `weightspace.backdoor` separates, per attack.
 
 python tests/benchmarks/backdoor_evidence.py POPULATION [POPULATION ...] --results FILE.jsonl
+python tests/benchmarks/backdoor_evidence.py POPULATION --base --only cnn      # with the parent; --inputs 20: examples
 python tests/benchmarks/backdoor_evidence.py --real          # ../shared/checkpoints
 
 Populations are folders that `weightspace zoo build backdoors` made. For each family of networks (one architecture on
@@ -30,13 +31,16 @@ warnings.filterwarnings("ignore")
 
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 import weightspace as ws  # noqa: E402
 from weightspace.backdoor.evidence import Evidence, evidence  # noqa: E402
 from weightspace.backdoor.null import FEWEST, Null, null_from, outlier  # noqa: E402
 from weightspace.checkpoint import list_models  # noqa: E402
 from weightspace.errors import WeightspaceError  # noqa: E402
+from weightspace.zoo.data import Data, load_data  # noqa: E402
 from weightspace.zoo.files import read_record  # noqa: E402
+from weightspace.zoo.recipe import load  # noqa: E402
 
 Array = NDArray[np.float64]
 BASELINES = {"row_sum": "row-sum rule", "channel_lipschitz": "CLP rule", "margin": "MM-BD"}
@@ -77,8 +81,10 @@ class Row:
         return float(self.values[:, i].max()) if len(self.values) < 3 else float(outlier(self.values[:, i]).max())
 
 
-def rows_of(folders: Sequence[Path], results: Path | None, each: int, only: str) -> list[Row]:
-    """A row per network, those in ``results`` as they are there."""
+def rows_of(folders: Sequence[Path], given: argparse.Namespace) -> list[Row]:
+    """A row per network, those in the file of results as they are there."""
+    results, each = given.results, given.each
+    mode = (" with base" if given.base else "") + (f" with {given.inputs} inputs" if given.inputs else "")
     known: dict[str, dict[str, Any]] = {}
     if results is not None and results.is_file():
         known = {r["file"]: r for r in map(json.loads, results.read_text().splitlines())}
@@ -87,15 +93,17 @@ def rows_of(folders: Sequence[Path], results: Path | None, each: int, only: str)
     # Run by run, so that an interrupted measurement holds some of every population.
     for path in sorted(paths, key=lambda p: (p.stem.rsplit("-", 2)[1], p.name)):
         record = read_record(path)
-        if not path.name.startswith(only):
+        if not path.name.startswith(given.only):
             continue
-        key = f"{path.parent.name}/{path.name}"
+        key = f"{path.parent.name}/{path.name}{mode}"
         population = str(record.get("population"))
+        if given.base and not record.get("parent"):
+            continue
         counts[population] = counts.get(population, 0) + 1
         if each and counts[population] > each:
             continue
         if key not in known:
-            known[key] = {"file": key, **_measured(path, record)}
+            known[key] = {"file": key, **_measured(path, record, given.base, given.inputs)}
             if results is not None:
                 with results.open("a") as out:
                     out.write(json.dumps(known[key]) + "\n")
@@ -107,10 +115,21 @@ def rows_of(folders: Sequence[Path], results: Path | None, each: int, only: str)
 TUPLES = ("targets", "names", "missing", "target")
 
 
-def _measured(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def clean_inputs(record: Mapping[str, Any], count: int) -> Tensor:
+    """The first test examples of the data that a network was trained on."""
+    spec = next(p.data for p in load(record["recipe"]).sampled if p.name == record["population"])
+    return DATA.setdefault(str(spec), load_data(spec)).test_x[:count]
+
+
+DATA: dict[str, Data] = {}
+
+
+def _measured(path: Path, record: Mapping[str, Any], with_base: bool, inputs: int) -> dict[str, Any]:
     wiring, tensors = ws.wiring(path), ws.open(path)
+    base = ws.open(path.parent / record["parent"]) if with_base else None
+    examples = clean_inputs(record, inputs) if inputs else None
     start = time.perf_counter()
-    e = evidence(wiring, tensors, thorough=True)
+    e = evidence(wiring, tensors, base=base, inputs=examples, thorough=True)
     seconds = time.perf_counter() - start
     poison = record.get("poison") or {}
     targets = poison.get("targets") or ([poison["target"]] if poison else [])
@@ -295,13 +314,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="rows are kept here, and not measured again")
     parser.add_argument("--each", type=int, default=0, help="networks of a population, at most")
     parser.add_argument("--only", default="", help="networks whose file's name begins so")
+    parser.add_argument("--base", action="store_true", help="children alone, each with its parent given")
+    parser.add_argument("--inputs", type=int, default=0, help="so many clean test examples are given")
     parser.add_argument("--folds", type=int, default=6)
     parser.add_argument("--real", nargs="?", const=ROOT.parent / "shared" / "checkpoints", type=Path)
     options = parser.parse_args()
     if options.real:
         real(options.real)
     if options.folders:
-        table(rows_of(options.folders, options.results, options.each, options.only), options.folds)
+        table(rows_of(options.folders, options), options.folds)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weightspace.backdoor.differences import CHANGE_TESTS, change_of, change_of_channels, change_tests
 from weightspace.backdoor.margins import Box, explore
-from weightspace.backdoor.null import cauchy, class_p_values, largest_p_value, outlier
+from weightspace.backdoor.null import CHANGES, cauchy, class_p_values, largest_p_value, outlier
 from weightspace.backdoor.outputs import ClassAxis, check_finite, class_axis, parts_of
 from weightspace.backdoor.spectra import by_factor, folded, isolation, leading, lipschitz
 from weightspace.backdoor.tokens import TOKEN_TESTS, explore_words, vocabulary
@@ -27,7 +27,7 @@ THOROUGH_TESTS = ("seen_mean", "universal_small", "universal_wide", "sparse")
 CLASS_TESTS = (*ROW_TESTS, *INPUT_TESTS, *TOKEN_TESTS, *CHANGE_TESTS)
 """Columns of ``Evidence.classes``, before ``THOROUGH_TESTS``; larger is more suspicious in each."""
 TELLING = ("universal", "margin", "patch", "noise_mean", "row_sum", "row_positive", "word_rise")
-"""Tests that are combined into the p-value of a network without a reference."""
+"""Tests that are combined into the p-value of a network without a reference; with a base, ``CHANGES`` as well."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def _judged(
     each = class_p_values(table)
     alone = largest_p_value(each)
     done = {n: float(p) for n, p in zip(names, alone, strict=True) if n not in missing}
-    telling = [names.index(n) for n in TELLING if n not in missing]
+    telling = [names.index(n) for n in (*TELLING, *CHANGES) if n not in missing]
     joined = each[:, telling]
     if leads is not None:
         # Two classes cannot be compared with others; words can.

@@ -82,7 +82,9 @@ TOGETHER = (
     "word_least", "word_outlier",
 )  # fmt: skip
 """Tests whose mean makes the score of a class: a backdoor moves all of them a little."""
-BEYOND = ("channel_isolation", "channel_apart", "channel_lipschitz", "word_outlier")
+CHANGES = ("change_sum", "change_norm", "change_leading")
+"""Tests of what changed of a base, whose mean makes another score of a class."""
+BEYOND = ("change_share", "channel_isolation", "channel_apart", "channel_lipschitz", "word_outlier")
 """Numbers of the whole network of which the largest is a second score: subnets that stand apart."""
 FEWEST = 8
 """Clean networks that a null needs."""
@@ -117,7 +119,7 @@ class Described(Protocol):
 class Judged:
     """A network among clean ones: ``p_value`` of all tests together, ``p_values`` of each test.
 
-    ``classes (classes,)``: the score of each class, in units of the clean networks; ``target``: most suspicious first.
+    ``classes (classes,)``: the score of each class, in spreads of the clean ones; ``target``: most suspicious first.
     """
 
     p_value: float
@@ -161,7 +163,7 @@ class Null:
         z, zw = _against(self.classes, x), _against(self.whole, w)
         statistics = _statistics(self.names, z, self.whole_names, zw)
         p = {n: float(tail(self.held[n], v)) for n, v in statistics.items()}
-        scores = _of_classes(self.names, z)
+        scores = np.maximum(_of_classes(self.names, z, TOGETHER), _of_classes(self.names, z, CHANGES))
         return Judged(
             p_value=_joined([p[n] for n in p if n.startswith("=")]),
             p_values={n.lstrip("="): v for n, v in p.items()},
@@ -219,9 +221,9 @@ def _against(reference: Array, x: Array) -> Array:
     return np.asarray(np.clip((x - reference.mean(0)) / (reference.std(0) + FLOOR), -10, 10), dtype=np.float64)
 
 
-def _of_classes(names: Sequence[str], z: Array) -> Array:
-    """The score of every class, ``(classes,)``."""
-    chosen = [i for i, n in enumerate(names) if n in TOGETHER]
+def _of_classes(names: Sequence[str], z: Array, tests: Sequence[str]) -> Array:
+    """The score of every class by some of the tests together, ``(classes,)``."""
+    chosen = [i for i, n in enumerate(names) if n in tests]
     found: Array = np.clip(z[:, chosen], -3, 6).mean(1) if chosen else np.zeros(len(z))
     return found
 
@@ -230,7 +232,9 @@ def _statistics(names: Sequence[str], z: Array, whole_names: Sequence[str], zw: 
     """What p-values are made for; those that are joined into one begin with an equals sign."""
     found = {n: float(z[:, i].max()) for i, n in enumerate(names)}
     found |= {n: float(v) for n, v in zip(whole_names, zw, strict=True)}
-    found["=classes"] = float(_of_classes(names, z).max())
+    found["=classes"] = float(_of_classes(names, z, TOGETHER).max())
+    if any(n in CHANGES for n in names):
+        found["=changes"] = float(_of_classes(names, z, CHANGES).max())
     beyond = [float(v) for n, v in zip(whole_names, zw, strict=True) if n in BEYOND]
     if beyond:
         found["=channels"] = max(beyond)
@@ -242,6 +246,6 @@ def _joined(p: Sequence[float]) -> float:
 
 
 __all__ = [
-    "BEYOND", "FEWEST", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values", "largest_p_value",
-    "null_from", "outlier", "standardised", "tail",
+    "BEYOND", "CHANGES", "FEWEST", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values",
+    "largest_p_value", "null_from", "outlier", "standardised", "tail",
 ]  # fmt: skip
