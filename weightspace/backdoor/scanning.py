@@ -62,10 +62,12 @@ def observe(
     """
     tensors = completed(tensors, wiring)
     axis = class_axis(wiring, tensors)
-    (graph,) = canonical([clean(tensors, wiring)])
+    plain = clean(tensors, wiring)
+    (graph,) = canonical([plain])
     cell = next(c.name for c in graph.cells.values() if c.factors == (axis.factor,))
-    lain = lying(graph, tensors)
-    file = None if cache is None else cache / f"{_key(graph)}.json"
+    # In an order that the file does not decide.
+    lain = {n: tensors[n] for n in sorted(tensors)}
+    file = None if cache is None else cache / f"{_key(plain)}.json"
     kept: dict[str, Any]
     if not tests:
         kept = {"names": [[], []], "classes": [[]] * axis.classes, "whole": [], "p_value": 1.0, "target": 0}
@@ -88,11 +90,6 @@ def completed(tensors: Mapping[str, Tensor], wiring: Wiring) -> dict[str, Tensor
     if wiring.program is not None:
         held |= {n: t for n, t in wiring.program.tensors.items() if n not in held and not t.is_floating_point()}
     return {n: t.float() if t.is_floating_point() else t for n, t in held.items()}
-
-
-def lying(graph: ParameterGraph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors that the network runs on, with the weights at the canonical point, in an order of no meaning."""
-    return {n: graph.tensor(n) if n in graph.shapes else tensors[n] for n in sorted(tensors)}
 
 
 def _kept(found: Evidence, conductance: float) -> dict[str, Any]:
@@ -263,4 +260,4 @@ def _loaded(x: Any, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: found[n] for n in like}
 
 
-__all__ = ["WORDS", "Observed", "applies", "lying", "observe", "ranked", "scan_one"]
+__all__ = ["WORDS", "Observed", "applies", "observe", "ranked", "scan_one"]
