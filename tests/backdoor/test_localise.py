@@ -172,7 +172,7 @@ def test_with_a_base_the_blocks_are_those_of_the_difference(name: str) -> None:
         left = basis.matrix(basis.without(tensors[basis.tensor])) @ basis.V
         torch.testing.assert_close(left, basis.matrix(base[basis.tensor]) @ basis.V, atol=1e-4, rtol=1e-3, msg=label)
     same = locate(wiring, base, target=2, base=base)
-    assert max(float(s.max()) for s in same.elements.values()) == 0
+    assert all(float(b.S.max()) == 0 for b in same.blocks.values())
 
 
 def test_a_found_trigger_changes_what_the_real_one_does() -> None:

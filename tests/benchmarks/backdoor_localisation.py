@@ -284,10 +284,6 @@ def _poisoned(path: Path, record: Mapping[str, Any]) -> Iterator[Row]:
     if aimed is not None:
         found["ours, no data, target known"] = locate(wiring, tensors, target=aimed).elements
         found["ours, 100 inputs, target known"] = locate(wiring, tensors, target=aimed, inputs=x).elements
-    parent = path.parent / str(record.get("parent") or "-")
-    if parent.is_file():
-        base = dict(ws.open(parent).items())
-        found["ours, 100 inputs, base"] = locate(wiring, tensors, inputs=x, base=base).elements
     targets = set(poison.get("targets", ())) or {aimed}
     for method, scores in found.items():
         ap, rho = _each(truth, scores)

@@ -38,9 +38,9 @@ def locate(
     """The elements, layers and directions that a backdoor uses; without data unless some are given.
 
     ``target``: the class that the backdoor serves, where known. ``inputs (n, …)``: a few clean inputs; without, some
-    are made up. ``base``: tensors of the network before it was poisoned; how that one answers to the trigger is taken
-    off, and blocks are those of the difference. ``trigger``: the same inputs without and with the real trigger, where
-    it is known; a subnet is then not looked for.
+    are made up. ``base``: tensors of the network before it was poisoned; blocks are then those of the difference
+    (scores of elements are better without, since it answers to the trigger too). ``trigger``: the same inputs without
+    and with the real trigger, where it is known; a subnet is then not looked for.
 
     It answers for clean networks as well: whether there is a backdoor is for ``ws.scan`` to say. Raises
     ``UnprovedWiringError`` for a wiring that is not proved or cannot be run, ``NoClassesError`` for a network without
@@ -73,9 +73,6 @@ def locate(
     facts |= {"loss": round(found.loss, 6), "success": round(found.success, 4)}
     scores = response(wiring, given, found.before, found.after)
     before = None if base is None else prepared(wiring, base)
-    if before is not None:
-        usual = response(wiring, before, found.before, found.after)
-        scores = {name: (score - usual[name]).clamp(min=0) for name, score in scores.items()}
     most = max((float(s.max()) for s in scores.values() if s.numel()), default=0.0) or 1.0
     scores = {name: score / most for name, score in scores.items()}
     blocks = bases(given, excited(wiring, given, found.before, found.after), before)
