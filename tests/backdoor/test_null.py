@@ -14,7 +14,7 @@ from weightspace.backdoor.null import (
     largest_p_value,
     null_from,
     outlier,
-    standardised,
+    standing,
     tail,
 )
 from weightspace.errors import WeightspaceError
@@ -58,7 +58,7 @@ def test_numbers_of_any_size_stay_finite() -> None:
     for scale in (0.0, 1e-300, 1e300):
         x = scale * np.array([[1.0], [2.0], [4.0], [3.0]])
         assert np.isfinite(outlier(x)).all()
-        assert np.isfinite(standardised(x)).all()
+        assert np.isfinite(standing(x)).all()
     assert outlier(np.ones((2, 3))).shape == (2, 3)
 
 
@@ -90,7 +90,7 @@ def test_a_null_sees_a_class_that_is_not_extreme_but_unlike_itself() -> None:
     assert outlier(found.values[:, 0]).argmax() != 4
     judged = null.judge(found)
     assert judged.target[0] == 4
-    assert judged.p_value < 0.02
+    assert judged.p_value < 0.01
 
 
 def test_other_families_are_refused() -> None:
@@ -120,4 +120,4 @@ def test_what_changed_of_a_base_counts_by_itself() -> None:
     null = null_from([fine_tuned(0.0) for _ in range(24)])
     judged = null.judge(fine_tuned(6.0))
     assert judged.target[0] == 6
-    assert judged.p_value < 0.02
+    assert judged.p_value < 0.01

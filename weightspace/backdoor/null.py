@@ -89,17 +89,12 @@ BEYOND = ("change_share", "channel_isolation", "channel_apart", "channel_lipschi
 FEWEST = 8
 """Clean networks that a null needs."""
 FLOOR = 0.2
-"""Least spread of a test that is believed, in standard deviations of the classes of one network."""
+"""Added to the spread of a test among clean networks, in standard deviations of the classes of one network."""
 
 
-def standardised(values: Array) -> Array:
-    """Tests ``(classes, tests)`` less their mean over the classes, in units of their spread; 0 where all are equal."""
-    x = np.asarray(values, dtype=np.float64)
-    size = np.abs(x).max(0, keepdims=True)
-    x = x / np.where(size > 0, size, 1.0)
-    away = x - x.mean(0)
-    spread = np.sqrt((away**2).mean(0))
-    return np.asarray(np.where(spread > 1e-9, away / np.maximum(spread, 1e-9), 0.0), dtype=np.float64)
+def standing(values: Array) -> Array:
+    """``outlier``, bounded to ±6: tests ``(classes, tests)`` of one network in units that other networks share."""
+    return np.clip(outlier(values), -6, 6)
 
 
 class Described(Protocol):
@@ -130,8 +125,8 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Null:
-    """What clean networks of a family show: ``classes (networks, classes, tests)``, standardised, ``whole (networks,
-    numbers)``, and the names of both.
+    """What clean networks of a family show: ``classes (networks, classes, tests)``, ``whole (networks, numbers)``,
+    and the names of both.
 
     A class is compared with the same class of the clean networks: an 8 is easier to reach than a 1 for all of them.
     Where classes mean different things in different networks of the family, that comparison loses its edge but stays
@@ -158,7 +153,7 @@ class Null:
         absent += [n for n in self.whole_names if n not in found.whole]
         if absent:
             raise WeightspaceError(f"the clean networks were tested for {absent}, this one was not")
-        x = standardised(found.values[:, [found.names.index(n) for n in self.names]])
+        x = standing(found.values[:, [found.names.index(n) for n in self.names]])
         w = _logged(np.array([found.whole[n] for n in self.whole_names]))
         z, zw = _against(self.classes, x), _against(self.whole, w)
         statistics = _statistics(self.names, z, self.whole_names, zw)
@@ -183,7 +178,7 @@ def null_from(clean: Sequence[Described]) -> Null:
         raise WeightspaceError(f"networks with {sizes} classes; a null is made from one family")
     names = tuple(n for n in clean[0].names if all(n not in c.missing for c in clean))
     whole_names = tuple(n for n in clean[0].whole if all(n in c.whole for c in clean))
-    classes = np.array([standardised(c.values[:, [c.names.index(n) for n in names]]) for c in clean])
+    classes = np.array([standing(c.values[:, [c.names.index(n) for n in names]]) for c in clean])
     whole = np.array([_logged(np.array([c.whole[n] for n in whole_names])) for c in clean])
     rows: list[dict[str, float]] = []
     for i in range(len(clean)):
@@ -247,5 +242,5 @@ def _joined(p: Sequence[float]) -> float:
 
 __all__ = [
     "BEYOND", "CHANGES", "FEWEST", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values",
-    "largest_p_value", "null_from", "outlier", "standardised", "tail",
+    "largest_p_value", "null_from", "outlier", "standing", "tail",
 ]  # fmt: skip
