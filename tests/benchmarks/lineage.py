@@ -325,14 +325,15 @@ def calibrate(recorded: Sequence[str]) -> None:
 
     known = list(families())
     drifts = [k.geometry.drift[p, b] for k in known for b, p in enumerate(k.parents) if p >= 0]
+    trees: list[Known] = []
     for text in recorded:
         folder, _, prefix = text.rpartition(":")
         files = sorted(Path(folder).glob("*.safetensors"))
         records = {f.name: read_record(f) for f in files}
-        trees: dict[str, list[str]] = defaultdict(list)
+        grown: dict[str, list[str]] = defaultdict(list)
         for f in files:
-            trees[_root(f.name, records)[0]].append(f.name)
-        for root, names in trees.items():
+            grown[_root(f.name, records)[0]].append(f.name)
+        for root, names in grown.items():
             if not root.startswith(prefix):
                 continue
             models = [ws.open(Path(folder) / n) for n in names]
@@ -340,8 +341,11 @@ def calibrate(recorded: Sequence[str]) -> None:
             sample = take(names, models, shapes, ws.wiring(models[0]))
             at = {n: i for i, n in enumerate(names)}
             parents = tuple(at.get(records[n].get("parent") or "", -1) for n in names)
-            known.append(Known(geometry(sample.values, sample.segments), parents))
-    print(fit(known))
+            trees.append(Known(geometry(sample.values, sample.segments), parents))
+    stars = [t for t in trees if len({p for p in t.parents if p >= 0}) == 1]
+    print("steps of any kind:", fit([*known, *trees]))
+    print("tasks learnt one after the other (deep alone):", fit(trees).deep)
+    print("many children of one base (deep alone):", fit(stars).deep)
     d = np.clip(drifts, -3, 3)
     found = minimize_scalar(lambda k: np.log1p(np.exp(-k * d)).sum(), bounds=(0, 20), method="bounded")
     print(f"direction: {found.x:.2f} (of {len(d)} edges {np.mean(d > 0):.0%} lead outward)")

@@ -29,10 +29,10 @@ def found(folder: Path) -> Lineage:
 
 
 def test_parents_are_found_with_direction_and_strangers_are_apart(found: Lineage) -> None:
-    children = {e.child: e.parent for e in found.edges if not e.child.startswith("below")}
-    assert children == {
-        f"{c}.safetensors": f"{p}.safetensors" for c, p in PARENTS.items() if c != "below"
+    assert {e.child: e.parent for e in found.edges} == {
+        f"{c}.safetensors": f"{p}.safetensors" for c, p in PARENTS.items()
     }
+    assert found.ancestors("below.safetensors") == ("left.safetensors", "root.safetensors")
     assert found.roots == ("other.safetensors", "root.safetensors")
     assert len(found.families) == 2
     assert all(e.log10_p < -6 and e.kind == "fine-tuned" and e.direction > 0.5 for e in found.edges)
@@ -40,6 +40,7 @@ def test_parents_are_found_with_direction_and_strangers_are_apart(found: Lineage
 
 def test_what_files_say_is_compared_and_changes_no_edge(found: Lineage) -> None:
     told = {e.child: e.recorded for e in found.edges}
+    assert told["below.safetensors"] == "agrees"
     assert told["right.safetensors"] == "disagrees"
     assert told["left.safetensors"] == ""
     assert any("right.safetensors says it comes from other.safetensors" in d for d in found.disagreements)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from weightspace.errors import WeightspaceError
-from weightspace.lineage.calibrated import DIRECTION, WEIGHTS
+from weightspace.lineage.calibrated import DIRECTION, REGIMES
 from weightspace.lineage.geometry import Geometry, geometry
 from weightspace.lineage.held import Held
 from weightspace.lineage.lineage import Edge
@@ -213,11 +213,11 @@ class Kin:
         return Part(tuple(names), tuple(self._with_moves(e) for e in edges))
 
     def _forest(self, shape: Geometry, blocked: Mapping[int, set[int]]) -> tuple[Forest, bool]:
-        """The likeliest forest, with time turned around where that is much likelier."""
-        found = forest(shape, WEIGHTS, blocked)
+        """The likeliest forest of all regimes, with time turned around where that is much likelier."""
+        found, likely = likeliest(shape, blocked)
         if shape.count >= 4:
-            back = forest(shape.turned(), WEIGHTS, blocked)
-            if back.log_likelihood > found.log_likelihood + _TURNED:
+            back, turned = likeliest(shape.turned(), blocked)
+            if turned > likely + _TURNED:
                 return back, True
         return found, False
 
@@ -318,6 +318,15 @@ class Kin:
         return replace(edge, kind="moved copy", detail=f"{edge.kind}, and {' and '.join(moves)}", why=why)
 
 
+def likeliest(shape: Geometry, blocked: Mapping[int, Collection[int]] | None = None) -> tuple[Forest, float]:
+    """The forest of the regime that makes a family likeliest, and its log likelihood less the regime's handicap."""
+    found = []
+    for regime in REGIMES:
+        one = forest(shape, regime.weights, blocked)
+        found.append((one, one.log_likelihood - regime.handicap))
+    return max(found, key=lambda x: x[1])
+
+
 def _relative(shape: Geometry, a: int, b: int) -> float:
     return float(np.sqrt(shape.squared[a, b] / max(shape.norms[a] + shape.norms[b], shape.tiny)))
 
@@ -333,4 +342,4 @@ def _blocked(merges: Mapping[int, Mixture], kept: Sequence[int]) -> dict[int, se
     return found
 
 
-__all__ = ["Kin", "Part"]
+__all__ = ["Kin", "Part", "likeliest"]
