@@ -12,6 +12,7 @@ of a whole zoo of networks::
     ws.embed(ckpt).vector                      # by the pretrained encoder, with its range of applicability
     ws.predict_accuracy(ckpt)                  # of an image classifier, from its weights, with an interval
     ws.scan("model.safetensors")               # how likely a backdoor, and which class it serves
+    ws.excise("model.safetensors", inputs=x)   # the model without it
     ws.score(["a.safetensors", "b.safetensors"], base="base.safetensors")   # what would a merge of them retain?
 
 Names are imported on first use, so that ``import weightspace`` costs little beyond torch.
@@ -43,6 +44,7 @@ _EXPORTS = {
     "merge": "weightspace.merge",
     "score": "weightspace.mergeability.score",
     "scan": "weightspace.backdoor.verdict",
+    "excise": "weightspace.backdoor.excise",
     "locate": "weightspace.backdoor.localise",
     "metanets": "weightspace.metanets",
     "embed": "weightspace.pretrained",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from weightspace.align import align as align
     from weightspace.align import align_many as align_many
     from weightspace.align.barrier import barrier as barrier
+    from weightspace.backdoor.excise import excise as excise
     from weightspace.backdoor.localise import locate as locate
     from weightspace.backdoor.verdict import scan as scan
     from weightspace.checkpoint import Checkpoint as Checkpoint

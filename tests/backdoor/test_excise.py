@@ -10,10 +10,13 @@ import torch
 
 from tests.backdoor.small import TARGET, Case, trained
 from weightspace.backdoor.excise import excise
+from weightspace.backdoor.localise import locate
 from weightspace.backdoor.running import network
 from weightspace.backdoor.unlearning import reach
+from weightspace.backdoor.verdict import Verdict
 from weightspace.checkpoint import open as open_checkpoint
 from weightspace.errors import UnprovedWiringError, WeightspaceError
+from weightspace.pretrained.applicability import Applicability
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,8 @@ def case() -> Case:
 def test_the_class_of_the_backdoor_is_the_easiest_to_reach(case: Case) -> None:
     net = network(case.wiring, case.tensors)
     found = reach(net, net.state, case.x[:100])
-    assert int(found.rates.argmax()) == TARGET
+    assert int(found.scores.argmax()) == TARGET
+    assert found.outstanding()[0] == TARGET
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -54,20 +58,34 @@ def test_dtypes_are_kept(case: Case) -> None:
     assert {n: t.dtype for n, t in found.tensors.items()} == {n: t.dtype for n, t in half.items()}
 
 
-def test_nothing_is_done_where_nothing_stands_out() -> None:
+def test_a_clean_network_does_not_suffer() -> None:
     case = trained(poisoned=False, seed=1)
-    found = excise(case.tensors, wiring=case.wiring, inputs=case.x[:100])
-    if found.changed:  # a network whose classes are not alike: it must not suffer
-        assert case.accuracy(dict(found.tensors)) > case.accuracy(case.tensors) - 0.03
-    else:
-        assert found.method == "nothing"
-        assert all(found.tensors[n] is t for n, t in case.tensors.items())
+    found = excise(case.tensors, wiring=case.wiring, inputs=case.x[:100], rounds=8)
+    assert case.accuracy(dict(found.tensors)) > case.accuracy(case.tensors) - 0.03
 
 
-def test_without_inputs_little_is_risked(case: Case) -> None:
-    found = excise(case.tensors, wiring=case.wiring, target=TARGET)
+def test_nothing_is_done_to_what_a_scan_did_not_flag(case: Case) -> None:
+    outside = Applicability(False, 0.0, "made up")
+    verdict = Verdict("tensors", 0.02, 0.8, False, ((TARGET, 1.0),), True, "", outside)
+    found = excise(case.tensors, verdict, wiring=case.wiring, inputs=case.x[:100])
+    assert found.method == "nothing"
+    assert all(found.tensors[n] is t for n, t in case.tensors.items())
+
+
+def test_without_inputs_made_up_ones_do(case: Case) -> None:
+    found = excise(case.tensors, wiring=case.wiring, target=TARGET, rounds=12)
+    assert found.method == "unlearned"
+    assert "made-up" in found.reason
+    assert case.success(dict(found.tensors)) < 0.6
+    assert case.accuracy(dict(found.tensors)) > 0.8
+
+
+def test_a_subspace_is_projected_out_or_left(case: Case) -> None:
+    found = excise(case.tensors, locate(case.wiring, case.tensors, target=TARGET), wiring=case.wiring)
     assert found.method in ("projected", "nothing")
-    assert case.accuracy(dict(found.tensors)) > 0.6
+    assert found.targets == (TARGET,)
+    if found.changed:
+        assert case.success(dict(found.tensors)) < case.success(case.tensors)
 
 
 def test_what_does_not_fit_is_refused(case: Case) -> None:

@@ -1,9 +1,10 @@
 """``ws.excise(model, report)``: take a backdoor out of a network.
 
-A subnet that stands apart (``weightspace.backdoor.subnets``) is pruned, data or none. Otherwise, with a few clean
-inputs, what leads to the suspected classes is unlearned (``weightspace.backdoor.unlearning``). Without any, as much of
-the subspace is projected out as the network's answers to made-up inputs allow. Where nothing stands out, nothing is
-done.
+A subnet that stands apart (``weightspace.backdoor.subnets``) is pruned, data or none. Otherwise what leads to the
+suspected classes is unlearned (``weightspace.backdoor.unlearning``) with a few clean inputs, or with inputs made up
+from the network where there are none; or, without any, a subspace that was given is projected out, as much of it as the
+answers to made-up inputs allow. Nothing is done to a network that a scan did not flag, nor, without inputs, where no
+class stands out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ Model = str | os.PathLike[str] | Mapping[str, Tensor]
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 """Shares of the subspace that are tried without data, the largest first."""
 AGREEMENT = 0.9
-"""Share of made-up inputs that have to be answered as before where nothing else is known."""
+"""Share of made-up inputs that have to be answered as before where a subspace is projected out."""
+MADE_UP = 200
+"""Inputs that are made up where none are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class Excised:
 
     ``tensors`` have the names, order and dtypes of what was given; those that nothing was done to are as they were.
     ``path``: the file they were written to. ``targets``: classes that were dealt with. ``method``: ``"pruned"`` (a
-    subnet), ``"unlearned"`` (with inputs), ``"projected"`` (without) or ``"nothing"``, joined by ``+``; ``reason`` says
+    subnet), ``"unlearned"``, ``"projected"`` (a subspace) or ``"nothing"``, joined by ``+``; ``reason`` says
     why. ``elements``: those that were pruned, factor -> positions. ``changes``: tensor -> norm of its change over its
     own. ``reached``: share of clean inputs (or made-up ones) that one small perturbation sends to ``targets`` before
     and after; ``kept``: share of held-out inputs that are answered as before, None where not known.
@@ -103,8 +106,8 @@ def excise(
     """The model without its backdoor.
 
     ``model``: a path or a mapping of tensors. ``report``: a ``Subspace`` (``ws.locate``) or a ``Verdict`` (``ws.scan``)
-    about it, which names the class; ``target`` names one or several yourself; else the classes that are far easier to
-    reach than usual are dealt with, and nothing is done where there are none. ``inputs (n, …)``: a few clean examples,
+    about it, which names the class, and nothing is done to what a scan did not flag; ``target`` names one or several
+    yourself; else those are dealt with that are easiest to reach. ``inputs (n, …)``: a few clean examples,
     about a hundred, with their ``labels (n,)`` or without (the network's own answers then count). ``out``: a file to
     write, whole or not at all (safetensors, or pt by its ending), with what the model's file said of it. ``options``
     go to ``weightspace.backdoor.unlearning.unlearn``.
@@ -131,22 +134,22 @@ def excise(
     kept: float | None = None
     if x is not None:
         y = own_labels(net, x, labels)
-        seen = None
-        if not wanted:
+        known = bool(wanted)
+        if not known and not group:
             seen = reach(net, state, x, seed)
-            wanted = tuple(seen.outstanding())
-        if wanted and not (group and seen is None and target is None and report is None):
+            # Whether there is a backdoor at all is for a scan to say: here the easiest class is dealt with in any case.
+            wanted = tuple(seen.outstanding()) or (int(seen.scores.argmax()),)
+            why.append("the easiest to reach of its classes")
+        if wanted and (known or not group):
             state, what = unlearn(net, state, x, y, wanted, seed=seed, **options)  # type: ignore[arg-type]
             reached, kept = (what.before, what.after), what.kept
             done.append("unlearned")
-            why.append(f"{len(x)} clean inputs" if seen is None else "easier to reach than other classes")
-        elif not done:
-            why.append("no class is easier to reach than others")
+            why.append(f"with {len(x)} clean inputs")
     elif not group:
         found = report if isinstance(report, Subspace) and report.blocks else None
-        state, wanted, reached, kept, reason = _projected(net, found, wanted, seed)
+        state, wanted, reached, kept, how, reason = _without_data(net, found, wanted, seed, options)
         why.append(reason)
-        done += ["projected"] if state is not net.state else []
+        done += [how] if how else []
     return _written(net, state, out, wanted, "+".join(done) or "nothing", "; ".join(why), elements, reached, kept)
 
 
@@ -207,39 +210,52 @@ def _checked(net: Net, inputs: Tensor | None, labels: Tensor | None) -> Tensor |
     return inputs.to(torch.float32) if inputs.is_floating_point() else inputs
 
 
-def _projected(
-    net: Net, found: Subspace | None, wanted: tuple[int, ...], seed: int
-) -> tuple[State, tuple[int, ...], tuple[float, float] | None, float | None, str]:
-    """Without data: the largest share of the subspace whose loss leaves the answers to made-up inputs."""
-    from weightspace.backdoor.localise import locate
+_Outcome = tuple[State, tuple[int, ...], tuple[float, float] | None, float | None, str, str]
+"""State, classes, reached, kept, what was done (empty: nothing) and why."""
+
+
+def _without_data(
+    net: Net, found: Subspace | None, wanted: tuple[int, ...], seed: int, options: Mapping[str, float]
+) -> _Outcome:
+    """A subspace that was given is projected out; else what leads to the class from made-up inputs is unlearned."""
     from weightspace.backdoor.triggers import made_up
 
-    x = made_up(net.wiring, 128, seed)
+    count = class_axis(net.wiring, net.state).classes
+    x = made_up(net.wiring, lambda z: net.outputs(net.state, z), count, MADE_UP, seed)
     before = reach(net, net.state, x, seed)
-    aim = list(wanted) or before.outstanding()
+    aim = wanted or tuple(before.outstanding())
     if not aim:
-        return net.state, (), None, None, "without data no class is easier to reach from noise than others"
-    at = aim[0]
-    first = (float(before.rates[at]),) * 2
-    subspace = found or locate(net.wiring, net.state, target=at, seed=seed)
+        return net.state, (), None, None, "", "without data no class is easier to reach than others"
+    if found is not None:
+        return _projected(net, found, x, aim, float(before.rates[:, aim[0]].mean()), seed)
+    y = logits(net, net.state, x).argmax(1)
+    # Without real inputs less of the rest is held in place, so the network is pushed less.
+    state, what = unlearn(net, net.state, x, y, aim, seed=seed, **{"weight": 0.5, **options})  # type: ignore[arg-type]
+    return state, aim, (what.before, what.after), what.kept, "unlearned", f"with {len(x)} made-up inputs"
+
+
+def _projected(
+    net: Net, found: Subspace, x: Tensor, aim: tuple[int, ...], before: float, seed: int
+) -> _Outcome:  # fmt: skip
+    """The share of the subspace that makes the class hardest to reach and leaves the answers to made-up inputs."""
     said = logits(net, net.state, x).argmax(1)
     best: tuple[float, float, State, float] | None = None
     for share in SHARES:
         state = dict(net.state)
-        for basis in subspace.blocks.values():
+        for basis in found.blocks.values():
             name = net.twin[basis.tensor]
             state[name] = basis.without(state[name], share)
         same = accuracy(net, state, x, said)
         if same < AGREEMENT:
             continue
-        after = float(reach(net, state, x, seed).rates[at])
+        after = float(reach(net, state, x, seed).rates[:, aim[0]].mean())
         if best is None or after < best[0]:
             best = (after, same, state, share)
-    if best is None or best[0] > 0.7 * first[0]:
-        reason = "without data nothing could be projected out that kept the network's answers; give a few clean inputs"
-        return net.state, tuple(aim), first, None, reason
+    if best is None or best[0] > 0.7 * before:
+        reason = "nothing could be projected out that kept the network's answers; give a few clean inputs"
+        return net.state, aim, (before, before), None, "", reason
     after, same, state, share = best
-    return state, tuple(aim), (first[0], after), same, f"{share:.0%} of the subspace, by made-up inputs alone"
+    return state, aim, (before, after), same, "projected", f"{share:.0%} of the subspace, by made-up inputs"
 
 
 def _written(

@@ -19,48 +19,92 @@ from torch.nn import functional as F
 from weightspace.backdoor.running import Net, State, logits
 from weightspace.backdoor.triggers import inverted, vocabulary
 
-PROBE = 0.25
-"""Size of the perturbation by which classes are compared: root mean square, in deviations of the inputs."""
+PROBES = ((0.15, 1.0), (0.25, 1.0), (0.0, 0.03), (0.0, 0.08))
+"""Perturbations by which classes are compared: (root mean square in deviations of the inputs, share of the entries
+changed); a size of 0 is as large as inputs allow."""
 SIZES = ((0.1, 1.0), (0.2, 1.0), (0.4, 1.0), (0.0, 0.06))
-"""Perturbations that are unlearned: (size as for ``PROBE``, share of the entries); 0 is as large as inputs allow."""
-PROBED = 15
+"""Perturbations that are unlearned, as ``PROBES``."""
+PROBED = 12
 """Steps of the search by which classes are compared."""
 DRAWN = 16
 """Inputs that a step of the search looks at."""
 
 
+STANDS_OUT = 1.5
+"""Times as easy to reach as the median class, from which on a class is suspected."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reach:
-    """How easily each class is reached: share of other classes' inputs that one perturbation of size ``PROBE`` sends
-    there, (classes,)."""
+    """How easily each class is reached: ``rates (probes, classes)``, the share of other classes' inputs that one
+    perturbation of each of ``PROBES`` sends there.
+
+    ``scores (classes,)``: rates over the median class's (0.05 added), the mean over probes.
+    """
 
     rates: Tensor
 
     @property
-    def usual(self) -> float:
-        """The median class's."""
-        return float(self.rates.median())
+    def scores(self) -> Tensor:
+        usual = self.rates.median(dim=1, keepdim=True).values
+        return (self.rates / (usual + 0.05)).mean(0)
 
-    def outstanding(self) -> list[int]:
-        """Classes that are much easier to reach than usual, the easiest first; none in an ordinary network."""
-        most = float(self.rates.max())
-        if most < 0.3 or most < 1.8 * self.usual:
-            return []
-        order = self.rates.argsort(descending=True).tolist()
-        return [c for c in order if float(self.rates[c]) >= max(0.8 * most, 1.8 * self.usual)]
+    def outstanding(self, most: int = 3) -> list[int]:
+        """Classes that are easier to reach than usual, the easiest first, at most so many; perhaps none."""
+        scores = self.scores
+        top = float(scores.max())
+        order = scores.argsort(descending=True).tolist()[:most]
+        return [c for c in order if top >= STANDS_OUT and float(scores[c]) >= 0.75 * top]
 
 
 def reach(net: Net, state: State, x: Tensor, seed: int = 0) -> Reach:
     """How easily each class is reached from inputs ``x (n, …)``: one short search for all classes at once."""
-    out = logits(net, state, x)
-    classes = list(range(out.shape[1]))
-    moved = found(net, state, x, classes, [(PROBE, 1.0)], PROBED, torch.Generator().manual_seed(seed))
-    rates = []
+    out = logits(net, state, x).argmax(1)
+    classes = list(range(logits(net, state, x[:2]).shape[1]))
+    moved = found(net, state, x, classes, PROBES, PROBED, torch.Generator().manual_seed(seed))
+    rates = torch.zeros(len(PROBES) if x.is_floating_point() else 1, len(classes))
     for c in classes:
-        others = out.argmax(1) != c
-        got = logits(net, state, moved(x[others], c, 0)).argmax(1) if bool(others.any()) else torch.zeros(1)
-        rates.append(float((got == c).float().mean()))
-    return Reach(torch.tensor(rates))
+        others = x[out != c]
+        for kind in range(len(rates)):
+            if len(others):
+                rates[kind, c] = (logits(net, state, moved(others, c, kind)).argmax(1) == c).float().mean()
+    return Reach(rates)
+
+
+def _squares(
+    net: Net, still: State, x: Tensor, classes: Sequence[int], steps: int, generator: torch.Generator
+) -> Tensor:
+    """For each class a square of pixels that leads images ``x`` there, where its slope is steep: (classes, *shape).
+
+    Zero outside; what is added may be as large as the images' range. Sides are a sixth to a third of the images'.
+    """
+    low, high = float(x.min()), float(x.max())
+    sides = x.shape[-2:]
+    wanted = torch.tensor(list(classes)).repeat_interleave(DRAWN)
+
+    def slope(d: Tensor) -> Tensor:
+        some = x[torch.randint(len(x), (DRAWN,), generator=generator)]
+        d = d.detach().requires_grad_(True)
+        with torch.enable_grad():
+            shifted = (some[None] + d[:, None]).clamp(low, high).flatten(0, 1)
+            loss = F.cross_entropy(net.outputs(still, shifted), wanted, reduction="sum")
+        (found,) = torch.autograd.grad(loss, d)
+        return found
+
+    d = torch.zeros(len(classes), *x.shape[1:])
+    first = slope(d)
+    side = int(torch.randint(max(1, min(sides) // 6), max(2, min(sides) // 3 + 1), (), generator=generator))
+    energy = F.avg_pool2d(first.square().sum(1, keepdim=True), side, stride=1)
+    mask = torch.zeros_like(d)
+    for row, e in enumerate(energy.flatten(1)):
+        # One of the steepest places, another in every search.
+        best = e.topk(min(8, len(e))).indices
+        at = int(best[torch.randint(len(best), (), generator=generator)])
+        top, left = divmod(at, energy.shape[-1])
+        mask[row, :, top : top + side, left : left + side] = 1
+    for _ in range(steps):
+        d = (d - 0.3 * (high - low) * slope(d).sign() * mask).clamp(low - high, high - low)
+    return d
 
 
 Moved = Callable[[Tensor, int, int], Tensor]
@@ -69,9 +113,12 @@ Moved = Callable[[Tensor, int, int], Tensor]
 
 def found(
     net: Net, state: State, x: Tensor, classes: Sequence[int], sizes: Sequence[tuple[float, float]], steps: int,
-    generator: torch.Generator,
+    generator: torch.Generator, squares: bool = False,
 ) -> Moved:  # fmt: skip
-    """What leads inputs ``x`` to each of ``classes``, one per size: of sentences words, else what is added."""
+    """What leads inputs ``x`` to each of ``classes``, one per size: of sentences words, else what is added.
+
+    ``squares``: of images a square of pixels besides.
+    """
     if not x.is_floating_point():
         return _words(net, state, x, classes, generator)
     low, high, spread, count = float(x.min()), float(x.max()), float(x.std()), x[0].numel()
@@ -102,9 +149,11 @@ def found(
             d = d * (most / d.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
     place = {c: i for i, c in enumerate(classes)}
     final = d.detach().view(len(classes), len(sizes), *x.shape[1:])
+    if squares and x.dim() == 4:
+        final = torch.cat([final, _squares(net, still, x, classes, steps, generator)[:, None]], 1)
 
     def moved(inputs: Tensor, c: int, kind: int) -> Tensor:
-        added: Tensor = inputs + final[place[c], kind % len(sizes)]
+        added: Tensor = inputs + final[place[c], kind % final.shape[1]]
         return added.clamp(low, high)
 
     return moved
@@ -150,7 +199,7 @@ class Unlearned:
 
 def unlearn(
     net: Net, state: State, x: Tensor, y: Tensor, classes: Sequence[int], *, rounds: int = 24, steps: int = 5,
-    search: int = 6, rate: float = 2e-3, weight: float = 0.5, batch: int = 48, seed: int = 0,
+    search: int = 6, rate: float = 2e-3, weight: float = 1.0, batch: int = 48, seed: int = 0,
 ) -> tuple[State, Unlearned]:  # fmt: skip
     """Teach the network to ignore what leads inputs ``x (n, …)`` with labels ``y`` to ``classes``.
 
@@ -169,12 +218,12 @@ def unlearn(
     part, wanted = x[mine], y[mine]
     others = {c: torch.nonzero(wanted != c).flatten() for c in classes}
     others = {c: index for c, index in others.items() if len(index)}
-    kinds = len(SIZES) if x.is_floating_point() else 1
+    kinds = (len(SIZES) + (x.dim() == 4)) if x.is_floating_point() else 1
     each = max(2, batch // max(1, len(others) * kinds))
     rates: list[float] = []
     for number in range(rounds + 1):
         still = {n: t.detach() for n, t in now.items()}
-        moved = found(net, still, part, list(others), SIZES, search, generator)
+        moved = found(net, still, part, list(others), SIZES, search, generator, squares=True)
         if number in (0, rounds):
             rates.append(_rate(net, still, part, wanted, list(others), moved))
         if number == rounds:
@@ -231,4 +280,4 @@ def mixed(x: Tensor, generator: torch.Generator) -> Tensor:
     return z + 0.1 * x.std() * torch.randn(z.shape, generator=generator)
 
 
-__all__ = ["Reach", "Unlearned", "found", "mixed", "reach", "unlearn"]
+__all__ = ["PROBES", "SIZES", "Reach", "Unlearned", "found", "mixed", "reach", "unlearn"]
