@@ -40,7 +40,8 @@ def example(shelf: Shelf) -> str | None:
                 return None
             refused = dict([*report.failures, *report.ignored])
             if kept.name in refused:
-                st.error(f"{kept.name} cannot be opened: {refused[kept.name]}", icon=":material/block:")
+                why = refused[kept.name].replace(f"{folder}/", "")
+                st.error(f"It cannot be opened: {why}", icon=":material/block:")
                 return None
             names = [n for n in ui.shelf().uploaded if n.removeprefix(UPLOAD).startswith(kept.name)]
             st.success(f"Asking about {kept.name}", icon=":material/check:")

@@ -66,7 +66,7 @@ def upload() -> None:
     stamp = sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
     report = ui.work("Reading the uploads", "weightspace.explorer.models:index", str(folder), 1, of=[folder, stamp])
     if report is not None:
-        refused += [*report.failures, *report.ignored]
+        refused += [(file, why.replace(f"{folder}/", "")) for file, why in (*report.failures, *report.ignored)]
         if report.models:
             st.success(f"{report.models} of your uploads can be chosen on every page.", icon=":material/check:")
             first = ui.shelf().uploaded[0]
@@ -79,8 +79,13 @@ def upload() -> None:
 def reasons(rows: Sequence[tuple[str, str]], name: str) -> None:
     """Files that cannot be read, each with the reason."""
     frame = pd.DataFrame(list(rows), columns=["file", "reason"])
-    ui.table(frame, name, "Files that cannot be read, each with the reason", row_height=60,
-             config={"file": st.column_config.TextColumn(width="medium")})  # fmt: skip
+    if len(frame) > 30:
+        ui.table(frame, name, "Files that cannot be read, each with the reason", row_height=60,
+                 config={"file": st.column_config.TextColumn(width="medium")})  # fmt: skip
+        return
+    # Few reasons are shown whole, however long they are.
+    st.table(frame.set_index("file"))
+    ui.download("CSV", lambda: frame.to_csv(index=False), f"{name}.csv", "text/csv", key=f"reasons-{name}")
 
 
 def starter() -> None:

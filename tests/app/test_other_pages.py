@@ -38,7 +38,7 @@ def test_an_upload_can_be_asked_about_and_a_broken_one_is_said(page: Page, tiny:
     whole = save({"w": torch.randn(9, 9)})
     app.file_uploader(key="example").set_value(("cut.safetensors", whole[:60], ""))
     app = settle(app.run()).run()
-    assert "cut.safetensors cannot be opened" in texts(app)
+    assert "It cannot be opened: cut.safetensors" in texts(app)
 
 
 def test_who_knows_the_low_digits(page: Page) -> None:

@@ -89,7 +89,7 @@ def test_a_folder_without_an_index_is_indexed_on_demand(page: Page, tmp_path: Pa
     next(b for b in app.button if b.label == "Index this folder").click().run()
     app = settle(app).run()
     assert shown(app) == ["one.safetensors"]
-    assert any("bad.safetensors" in str(frame.value.to_numpy()) for frame in app.dataframe)
+    assert any("bad.safetensors" in frame.value.index for frame in app.table)
 
 
 def test_a_server_for_others_opens_no_other_folder(page: Page, tmp_path: Path, tiny: Path) -> None:
@@ -116,11 +116,11 @@ def test_hostile_uploads_are_refused_in_sentences_and_the_good_one_is_taken(page
     ]  # fmt: skip
     app.file_uploader(key="files").set_value(files)
     app = settle(app.run()).run()
-    table = next(f.value for f in app.dataframe if "reason" in f.value)
-    reasons = dict(zip(table["file"], table["reason"], strict=True))
+    reasons = next(f.value for f in app.table if "reason" in f.value)["reason"].to_dict()
     assert set(reasons) == {"evil.pt", "empty.safetensors", "cut.safetensors", "picture.safetensors"}
     assert "0 bytes" in reasons["empty.safetensors"]
     assert all(len(reason) > 20 and "Traceback" not in reason for reason in reasons.values())
+    assert not any("uploads" in reason for reason in reasons.values())
     assert not Path("/tmp/weightspace-was-here").exists()
     assert "1 of your uploads can be chosen" in texts(app)
     app.switch_page("model.py").run()

@@ -37,8 +37,9 @@ def spectrum(layers: Sequence[Layer]) -> go.Figure:
     """Singular values over the largest one, by their place over their number; several layers in one figure."""
     import plotly.graph_objects as go
 
+    many = max((len(layer.values) for layer in layers), default=0) > 100
     made = style.figure(
-        height=300, xaxis={"title": {"text": "number of the singular value"}, "type": "log"},
+        height=300, xaxis={"title": {"text": "number of the singular value"}, "type": "log" if many else "linear"},
         yaxis={"title": {"text": "singular value / largest"}, "rangemode": "tozero"},
     )  # fmt: skip
     for i, layer in enumerate(layers):

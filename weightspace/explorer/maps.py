@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Points = NDArray[np.float64]
+_SIDES = ("top center", "bottom center", "top left", "bottom left")
 _MANY = 1500
 """Points above which a map is drawn by WebGL."""
 
@@ -137,7 +138,8 @@ def draw(
         made.add_trace(
             go.Scatter(
                 x=places[chosen, 0], y=places[chosen, 1], mode="markers+text" if chosen.sum() <= 8 else "markers",
-                marker=ring, text=[style.short(str(n), 26) for n in label[chosen]], textposition="top center",
+                marker=ring, text=[style.short(str(n).rpartition(".")[0] or str(n), 26) for n in label[chosen]],
+                textposition=[_SIDES[i % len(_SIDES)] for i in range(int(chosen.sum()))],
                 customdata=label[chosen], name="selected", hoverinfo="skip", textfont={"color": style.ink(dark)},
             )
         )  # fmt: skip
