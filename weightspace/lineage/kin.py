@@ -179,10 +179,13 @@ class Kin:
         shape = geometry(values, sample.segments)
         names = [self.names[i] for i in members]
         copies = self._copies(names, shape)
-        merges = {m.merged: m for m in combinations_in(shape, set(copies))}
         kept = [k for k in range(len(names)) if k not in copies]
-        found, turned = self._forest(shape.subset(kept), _blocked(merges, kept))
+        found, turned = self._forest(shape.subset(kept), {})
         parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
+        merges = {m.merged: m for m in combinations_in(shape, set(copies), {k: _above(parents, k) for k in kept})}
+        if merges:
+            found, turned = self._forest(shape.subset(kept), _blocked(merges, kept))
+            parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
         chosen = self._chosen(shape, values, parents, merges, kept)
         if chosen:
             merges |= chosen
@@ -248,13 +251,14 @@ class Kin:
         for m in kept:
             if m in merges:
                 continue
-            chain = [m]
-            while parents[chain[-1]] != OUTSIDE:
-                chain.append(parents[chain[-1]])
-            root = min(kept, key=lambda i: shape.norms[i])
-            for base in dict.fromkeys([*chain[1:3], chain[-1], root]):
-                near = [int(i) for i in shape.near[m] if int(i) in parents and int(i) not in (m, base)]
-                others = [i for i in near if i not in found][:_CHOSEN_OTHERS]
+            chain = [m, *_above(parents, m)]
+            plain = [i for i in kept if i not in merges and i not in found and i != m]
+            if len(plain) < 3:
+                continue
+            outermost = min(plain, key=lambda i: shape.norms[i])
+            above = [i for i in chain[1:] if i in plain]
+            for base in dict.fromkeys([*above[-1:], *above[:2], outermost]):
+                others = [i for i in map(int, shape.near[m]) if i in plain and i != base][:_CHOSEN_OTHERS]
                 mixture = None if base == m else chosen_sums(shape, values, m, base, others, epsilon)
                 if mixture is not None:
                     found[m] = mixture
@@ -325,6 +329,15 @@ def likeliest(shape: Geometry, blocked: Mapping[int, Collection[int]] | None = N
         one = forest(shape, regime.weights, blocked)
         found.append((one, one.log_likelihood - regime.handicap))
     return max(found, key=lambda x: x[1])
+
+
+def _above(parents: Mapping[int, int], of: int) -> list[int]:
+    """The ancestors of a network, nearest first."""
+    found = []
+    while parents[of] != OUTSIDE:
+        of = parents[of]
+        found.append(of)
+    return found
 
 
 def _relative(shape: Geometry, a: int, b: int) -> float:

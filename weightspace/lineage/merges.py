@@ -54,8 +54,12 @@ class Mixture:
     residual: float
 
 
-def combinations_in(geometry: Geometry, left_out: Collection[int] = ()) -> list[Mixture]:
+def combinations_in(
+    geometry: Geometry, left_out: Collection[int] = (), above: Mapping[int, Collection[int]] | None = None
+) -> list[Mixture]:
     """Exact affine combinations of a family, each network at most once as the merged one; copies are left out.
+
+    ``above``: what each network seems to descend from, merges not yet known; it tells a base from a parent.
 
     Several merges of the same networks depend on each other in many ways. The shortest relations are told first, as
     many as the dimension of what the networks span falls short of their number.
@@ -73,11 +77,11 @@ def combinations_in(geometry: Geometry, left_out: Collection[int] = ()) -> list[
             involved |= dict.fromkeys(members, members)
     kept: list[Mixture] = []
     for group in {id(g): sorted(g) for g in involved.values()}.values():
-        kept.extend(_shortest(geometry, group))
+        kept.extend(_shortest(geometry, group, above or {}))
     return kept
 
 
-def _shortest(geometry: Geometry, group: Sequence[int]) -> list[Mixture]:
+def _shortest(geometry: Geometry, group: Sequence[int], origins: Mapping[int, Collection[int]]) -> list[Mixture]:
     """The shortest relations of networks that depend on each other, and which of them each makes a merge."""
     found: list[Mixture] = []
     above: dict[int, set[int]] = {}
@@ -88,7 +92,7 @@ def _shortest(geometry: Geometry, group: Sequence[int]) -> list[Mixture]:
             near = [int(i) for i in geometry.near[m] if int(i) in group][:_SEARCHED]
             for subset in combinations(near, size):
                 exact = _exact(geometry, m, subset)
-                mixture = None if exact is None else _read(geometry, m, *exact)
+                mixture = None if exact is None else _read(geometry, m, *exact, origins)
                 if mixture is not None:
                     now.append(mixture)
         # Of several that are as short, those between their parents are the surest.
@@ -161,12 +165,14 @@ def _solve(g: Array, t: Array, chosen: Sequence[int]) -> Array:
     return np.asarray(np.linalg.lstsq(g[np.ix_(chosen, chosen)], t[chosen], rcond=1e-14)[0])
 
 
-def _read(geometry: Geometry, m: int, weights: Mapping[int, float], residual: float) -> Mixture | None:
+def _read(
+    geometry: Geometry, m: int, weights: Mapping[int, float], residual: float, above: Mapping[int, Collection[int]]
+) -> Mixture | None:
     """Which kind of merge a relation makes of ``m``; None where another of its members is the merge."""
     base = min([m, *weights], key=lambda i: geometry.sign * geometry.norms[i])
     if min(weights.values()) > 0:
         parents = dict(weights)
-        if base in weights and len(weights) > 2 and base != m and _common_base(geometry, base, m, weights):
+        if len(weights) > 2 and base != m and all(base in above.get(i, ()) for i in weights if i != base):
             shares = _normal({i: w for i, w in weights.items() if i != base})
             return Mixture(m, base, weights, shares, "task arithmetic", residual)
         return Mixture(m, None, weights, _normal(parents), "linear", residual)
@@ -175,11 +181,6 @@ def _read(geometry: Geometry, m: int, weights: Mapping[int, float], residual: fl
         parents = {i: w for i, w in weights.items() if i != base}
         return Mixture(m, base, weights, _normal(parents), "task arithmetic", residual)
     return None
-
-
-def _common_base(geometry: Geometry, base: int, m: int, weights: Mapping[int, float]) -> bool:
-    """Whether one network of a sum of several is where all of the others come from."""
-    return all(geometry.sign * geometry.drift[base, i] > 0.5 for i in weights if i != base)
 
 
 def _normal(weights: Mapping[int, float]) -> dict[int, float]:
