@@ -121,3 +121,17 @@ def test_what_changed_of_a_base_counts_by_itself() -> None:
     judged = null.judge(fine_tuned(6.0))
     assert judged.target[0] == 6
     assert judged.p_value < 0.01
+
+
+def test_of_two_classes_the_one_that_is_unlike_itself_is_found() -> None:
+    rng = np.random.default_rng(5)
+
+    def of_two(lift: float) -> Drawn:
+        values = 5 + 0.3 * rng.standard_normal((2, len(NAMES)))
+        values[1] += lift
+        return Drawn(values, whole={"word_outlier": 4 + float(rng.standard_normal()) + 2 * lift})
+
+    null = null_from([of_two(0.0) for _ in range(24)])
+    judged = null.judge(of_two(2.0))
+    assert judged.target == (1, 0)
+    assert judged.p_value < 0.02
