@@ -56,5 +56,5 @@ def test_a_planted_word_is_found(classes: int) -> None:
 def test_two_classes_of_images_have_nothing_to_compare_with() -> None:
     net = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))
     found = evidence(ws.wiring(net, torch.randn(2, 9)), dict(net.state_dict()))
-    assert found.p_value > 0.99
+    assert found.p_value > 0.98
     assert sorted(found.target) == [0, 1]

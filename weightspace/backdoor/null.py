@@ -22,6 +22,8 @@ from weightspace.errors import WeightspaceError
 Array = NDArray[np.float64]
 
 SMALLEST = 1e-15
+CERTAIN = 0.99
+"""Bounds of p-values that are combined."""
 
 
 def outlier(values: Array) -> Array:
@@ -66,8 +68,11 @@ def largest_p_value(p: Array) -> Array:
 
 
 def cauchy(p: Array, axis: int = -1) -> Array:
-    """One p-value of several that may depend on each other (Liu & Xie 2020)."""
-    x = np.clip(p, SMALLEST, 1 - 1e-9)
+    """One p-value of several that may depend on each other (Liu & Xie 2020).
+
+    Each counts as ``CERTAIN`` at most: bounds of 1 would outweigh any evidence (truncation after Fang et al. 2023).
+    """
+    x = np.clip(p, SMALLEST, CERTAIN)
     small = x < 1e-8
     with np.errstate(divide="ignore"):
         terms = np.where(small, 1 / (x * np.pi), np.tan((0.5 - x) * np.pi))
