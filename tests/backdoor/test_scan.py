@@ -162,8 +162,12 @@ def test_base_and_inputs_are_used(folder: Path, detector: Detector) -> None:
     beside = ws.scan(path, base=base, detector=detector)
     assert alone.probability == beside.probability
     assert "given beside it" in beside.reason
-    shown = ws.scan(path, inputs=torch.randn(16, 1, 8, 8), detector=detector)
+    x = torch.randn(16, 1, 8, 8)
+    shown = ws.scan(path, inputs=x, labels=torch.zeros(16, dtype=torch.long), detector=detector)
     assert "given beside it" in shown.reason
+    assert "as they are labelled" in shown.reason
+    with pytest.raises(WeightspaceError, match="one each"):
+        ws.scan(path, inputs=x, labels=torch.zeros(3, dtype=torch.long), detector=detector)
     with pytest.raises(WeightspaceError, match="no tensor"):
         ws.scan(path, base={"other": torch.zeros(2)}, detector=detector)
 
@@ -316,3 +320,31 @@ def test_the_command_prints_objects_and_exit_codes(folder: Path, saved: Path, tm
     assert broken.exit_code == 2
     assert json.loads(broken.stdout)["error"]
     assert CliRunner().invoke(app, ["scan", str(tmp_path / "none"), *given]).exit_code == 2
+
+
+# ------------------------------------------------------------------------------------ the one that is shipped
+
+
+def test_the_shipped_detector_fits_this_version(known: tuple[list[Entry], Names]) -> None:
+    from weightspace.backdoor.shipped import CARD, FILES, WEIGHTS, shipped
+
+    found = shipped()
+    # Made with other tests than there are now, it would decline every network.
+    assert found.tests in (((), ()), known[1])
+    assert found.name in (FILES / CARD).read_text()
+    assert sorted(p.name for p in FILES.iterdir()) == sorted([CARD, WEIGHTS])
+    assert (FILES / WEIGHTS).stat().st_size < 5_000_000
+    assert len(found.clean) > 50
+
+
+def test_the_shipped_detector_reads_a_network_like_those_it_knows() -> None:
+    from weightspace.zoo.description import module_of
+
+    torch.manual_seed(0)
+    table = {"kind": "mlp", "widths": [96, 64], "activation": "relu", "input": [1, 14, 14], "classes": 10}
+    module, inputs = module_of(table)
+    found = ws.scan(module.state_dict(), wiring=ws.wiring(module, *inputs))
+    assert isinstance(found, Verdict)
+    # At its initialisation it is like none of them, or like a clean one.
+    assert found.probability is None or 0 < found.probability < 1
+    assert found.p_value is not None

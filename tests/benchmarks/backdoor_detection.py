@@ -60,7 +60,7 @@ class Split:
         return f"{self.kind}: {self.name}"
 
 
-def splits(networks: Sequence[Labelled], kinds: Sequence[str], parts: int) -> Iterator[Split]:
+def splits(networks: Sequence[Labelled], kinds: Sequence[str], parts: int, halves: int) -> Iterator[Split]:
     """All splits of these kinds. Nobody's relative is both trained on and tested."""
     groups = [n.group for n in networks]
     y = [n.poisoned for n in networks]
@@ -70,13 +70,13 @@ def splits(networks: Sequence[Labelled], kinds: Sequence[str], parts: int) -> It
         for k in range(parts):
             yield Split("models", str(k), tuple(everyone[part != k]), tuple(everyone[part == k]))
     if "attack" in kinds:
-        halves = folds(groups, y, 2, seed=1)
+        half = folds(groups, y, 2, seed=1)
         for name in sorted({ALIKE[n.attack] for n in networks if n.attack}):
             of = np.array([bool(n.attack) and ALIKE[n.attack] == name for n in networks])
             clean = ~np.array(y)
-            for k in range(2):
-                test = (halves == k) & (of | clean)
-                yield Split("attack", f"{name}/{k}", tuple(everyone[(halves != k) & ~of]), tuple(everyone[test]))
+            for k in range(halves):
+                test = (half == k) & (of | clean)
+                yield Split("attack", f"{name}/{k}", tuple(everyone[(half != k) & ~of]), tuple(everyone[test]))
     for kind, field in (("data", "data"), ("architecture", "kind")):
         if kind in kinds:
             values = [getattr(n, field) for n in networks]
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["models", "attack", "data", "architecture"])
     parser.add_argument("--methods", nargs="+", default=["ours", *FLAT, *RULES])
     parser.add_argument("--parts", type=int, default=5)
+    parser.add_argument("--halves", type=int, default=2, help="of unseen attacks: halves of the ancestries to test on")
     parser.add_argument("--inner", type=int, default=4, help="parts inside the training networks")
     parser.add_argument("--epochs", type=int, default=12, help="of the metanet")
     parser.add_argument("--asked", type=int, default=25, help="epochs of the questions")
@@ -252,7 +253,7 @@ def run(some: Sequence[Entry], names: Names, rows: Rows, given: argparse.Namespa
         rows.add("all", "p-value", dict(zip(keys, (-np.log10(p_values)).tolist(), strict=True)))
     options = {"parts": given.inner, "epochs": given.epochs, "asked": given.asked}
     options |= dict.fromkeys(given.without, False)
-    for split in splits(truths, given.splits, given.parts):
+    for split in splits(truths, given.splits, given.parts, given.halves):
         tested = [keys[i] for i in split.test]
         started = time.perf_counter()
         if "ours" in given.methods and (split.key, "verdict") not in rows.found:

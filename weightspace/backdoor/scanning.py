@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from weightspace.backdoor.differences import CHANGE_TESTS
@@ -143,6 +144,7 @@ def scan_one(
     strong = None
     if base is not None or siblings or inputs is not None:
         strong = _stronger(held, wiring, seen, base, siblings, inputs)
+    right = None if inputs is None or labels is None else _accuracy(seen.asked, inputs, labels)
     p = known.untrained(seen.p_value) if null is None else null.judge(evidence(wiring, held)).p_value
     if strong is not None:
         # The better of two tests, paid for (Bonferroni).
@@ -156,9 +158,12 @@ def scan_one(
         targets = ranked(said.classes[0])
     if strong is not None and strong.p_value <= level / 5:
         flagged = True
+    reason = in_words(seen, strong, odds, flagged, applicability, targets, known)
+    if right is not None:
+        reason += f"; it answers {right:.0%} of the inputs as they are labelled"
     return Verdict(
         path=path, probability=probability, p_value=float(p), flagged=flagged, targets=targets,
-        applicable=applicability.inside, reason=in_words(seen, strong, odds, flagged, applicability, targets, known),
+        applicable=applicability.inside, reason=reason,
         applicability=applicability, prior=known.stack.prior, level=level, detector=known.name,
         calibration={k: float(known.figures[k]) for k in ("ece", "brier", "networks") if k in known.figures},
         evidence=dict(zip(seen.names[1], map(float, seen.facts.whole), strict=True)),
@@ -244,6 +249,17 @@ def _stronger(
         wiring, tensors, base=None if base is None else _loaded(base, tensors),
         siblings=tuple(_loaded(s, tensors) for s in siblings), inputs=inputs,
     )  # fmt: skip
+
+
+def _accuracy(asked: Asked, inputs: Tensor, labels: Tensor) -> float:
+    """Share of the inputs that the network answers as they are labelled: inputs of another scale would show here."""
+    program = asked.wiring.program
+    if labels.shape != (len(inputs),):
+        raise WeightspaceError(f"{len(inputs)} inputs and labels of shape {tuple(labels.shape)}; one each was expected")
+    assert program is not None, "networks with a class axis can be run"
+    with torch.no_grad():
+        said = asked.axis.logits(program.run(asked.tensors, inputs, *program.args[1:], **dict(program.kwargs)))
+    return float((said.argmax(1) == labels).double().mean())
 
 
 def _loaded(x: Any, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

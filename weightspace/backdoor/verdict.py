@@ -192,8 +192,9 @@ def scan(
     wire it: counters, names, formats, dtypes and what else the metadata say move nothing.
 
     - ``base``: the model it was fine-tuned from; ``siblings``: others that were. What differs is then tested too.
-    - ``inputs`` (n, …) and ``labels`` (n,): a few clean examples; tests then run the network on them.
-    - ``null``: clean networks' evidence that p-values are counted in, such as ``null.build`` makes of your own zoo.
+    - ``inputs`` (n, …): a few clean examples; tests then run the network on them. With their ``labels`` (n,) the
+      verdict says how many it answers right: hardly any, where they are scaled otherwise than it was trained with.
+    - ``null``: clean networks' evidence that p-values are counted in, as ``null.null_from`` makes of your own.
     - ``wiring``: of a network that no family of the catalogue knows, ``ws.wiring(module, example_inputs)``.
     - ``level``: share of clean networks that may be flagged.
     - ``detector``: another than the one shipped, see ``weightspace train backdoor``.
