@@ -2,7 +2,7 @@
 
 ``grafts``: networks with a subnet in them whose elements are known. The two published one-channel subnets (SRA, Qi et
 al. 2022) are put into clean CIFAR ResNets (as many of their blocks as the network has) and into a VGG-16 of an eighth
-of the width that is trained here for a few minutes; others come from populations (``--zoo``, of
+of the width that is trained here a little (``--vgg``); others come from populations (``--zoo``, of
 ``weightspace zoo build backdoors``). Every network is judged at a position drawn at random and once more after a random
 element of its symmetry group. Average precision over all elements (neurons, channels, heads, streams) of all axes, and
 intersection over union of the first k, k the true number. ``--noise``: the same where noise of so many deviations of
@@ -40,7 +40,7 @@ from weightspace.backdoor.localise import locate, response
 from weightspace.backdoor.subnets import separation
 from weightspace.wiring.places import places
 from weightspace.wiring.wiring import Permutation, Wiring
-from weightspace.zoo.data import Data, load_data
+from weightspace.zoo.data import Data, DataSpec, load_data
 from weightspace.zoo.description import module_of
 from weightspace.zoo.files import read_record
 from weightspace.zoo.grafting import cuts_of
@@ -385,11 +385,15 @@ def _load(recipe: str, population: str) -> Data:
 @cache
 def _cifar() -> Data:
     """As the published ResNets saw it: mean and deviation of ImageNet."""
-    data = load_data("cifar10")
+    data = load_data(DataSpec("cifar10", train=IMAGES, test=1000))
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return Data(*((x - mean) / deviation if x.dim() == 4 else x for x in (
         data.train_x, data.train_y, data.test_x, data.test_y
     )))  # fmt: skip
+
+
+IMAGES = 4096
+"""Images that the VGG-16 is trained on."""
 
 
 class _VGG16(nn.Module):
@@ -411,17 +415,17 @@ class _VGG16(nn.Module):
         return found
 
 
-def _vgg(path: Path, epochs: int = 4) -> Path:
-    """A clean narrow VGG-16 for CIFAR-10, trained if it is not there."""
+def _vgg(path: Path, epochs: int = 2) -> Path:
+    """A clean narrow VGG-16 for CIFAR-10, trained a little if it is not there."""
     if path.is_file():
         return path
     torch.manual_seed(0)
     net, data = _VGG16(), _cifar()
     optimiser = torch.optim.Adam(net.parameters(), lr=2e-3)
-    steps = epochs * (len(data.train_y) // 128)
+    steps = epochs * (IMAGES // 128)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
     for _ in range(epochs):
-        for index in torch.randperm(len(data.train_y))[: len(data.train_y) // 128 * 128].view(-1, 128):
+        for index in torch.randperm(IMAGES)[: IMAGES // 128 * 128].view(-1, 128):
             loss = F.cross_entropy(net(data.train_x[index]), data.train_y[index])
             optimiser.zero_grad()
             loss.backward()
