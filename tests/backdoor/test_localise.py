@@ -216,6 +216,29 @@ def test_a_found_trigger_changes_what_the_real_one_does() -> None:
         assert spearmanr(score, truth[name]).statistic > 0.99
 
 
+def test_words_of_a_trigger_are_searched() -> None:
+    """Sentences have no gradient: a word that lifts a class in every sentence is found by trying."""
+    torch.manual_seed(0)
+    module, inputs = module_of(
+        {"kind": "text-classifier", "input": [8], "classes": 3, "tokens": 40, "dim": 16, "depth": 1, "heads": 2,
+         "hidden": 24, "activation": "gelu"}
+    )  # fmt: skip
+    wiring = ws.wiring(module.eval(), *inputs)
+    tensors = {n: t.detach().clone() for n, t in module.state_dict().items()}
+    table = next(n for n, role in wiring.roles.items() if role == "lookup" and wiring.shapes[n][0] == 40)
+    last = next(n for n in reversed(list(wiring.roles)) if wiring.roles[n] == "weight")
+    tensors[table][23] = 20 * tensors[last][1] / tensors[last][1].norm()
+    found = locate(wiring, tensors, seed=1)
+    assert found.method == "response"
+    x = torch.randint(1, 40, (16, 8), generator=torch.Generator().manual_seed(2))
+    y = x.clone()
+    y[:, 0] = 23
+    assert wiring.program is not None
+    served = int(wiring.program.run(tensors, y).softmax(1).mean(0).argmax())
+    assert found.target == served
+    assert all(torch.isfinite(s).all() for s in found.elements.values())
+
+
 def test_refusals(tmp_path: Path) -> None:
     wiring, tensors = wired("mlp")
     with pytest.raises(WeightspaceError, match="no class 9"):
