@@ -214,8 +214,9 @@ def show(zoo: Listing, searched: list[str]) -> None:
             points, places, caption = placed
             held = pd.Series(kept, index=frame.index)
             drawn = maps.draw(points, places, frame.loc[points], colour, held.loc[points].tolist(), selected, ui.dark())
-            ui.chart(drawn, f"{zoo.folder.name}-map", f"{caption}. Each point is a model; draw around points, or click "
-                     "one, to select.", key="map", on_select=from_map,
+            ui.chart(drawn, f"{zoo.folder.name}-map", f"{caption}. Each point is a model; click one to select it, or "
+                                                      "draw "
+                     "around several with the lasso above.", key="map", on_select=from_map,
                      data=pd.DataFrame(places, index=points, columns=["x", "y"]))  # fmt: skip
     selection(selected)
     if zoo.failures:

@@ -90,7 +90,7 @@ def draw(
     import pandas as pd
     import plotly.graph_objects as go
 
-    made = style.figure(height=470, dragmode="lasso", xaxis={"visible": False}, yaxis={"visible": False})
+    made = style.figure(height=470, dragmode="pan", xaxis={"visible": False}, yaxis={"visible": False})
     many = len(names) > _MANY
     scatter = go.Scattergl if many else go.Scatter
     # Radii that stay apart: few models are drawn large.
