@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from weightspace.errors import WeightspaceError
@@ -18,7 +19,7 @@ from weightspace.lineage.lineage import Edge
 from weightspace.lineage.merges import Mixture, chosen_sums, combinations_in
 from weightspace.lineage.related import Null, families, null
 from weightspace.lineage.sample import Array, Floats, Sample, take
-from weightspace.lineage.steps import Step, same_but_rounded, step
+from weightspace.lineage.steps import Step, low_rank, same_but_rounded, step
 from weightspace.lineage.tree import OUTSIDE, Forest, forest
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _TURNED = 6.0
 _ROUNDED = 0.03
 """Squared relative distance up to which a network may be another's copy with rounded values."""
 _CHOSEN_OTHERS = 24
+_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ class Kin:
             merges |= chosen
             found, turned = self._forest(shape.subset(kept), _blocked(merges, kept))
             parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
+        adapted = self._adapted(names, shape, kept, parents, merges)
         if turned:
             self.notes.append(
                 f"the family of {names[0]} is likelier if weights shrink from parents to children, and is told so"
@@ -201,7 +204,7 @@ class Kin:
             if b in merges:
                 edges.extend(self._merge_edges(names, merges[b], shape, correlation, drawn))
             elif parent != OUTSIDE:
-                odds = found.likely[kept.index(b)]
+                odds = 0.99 if b in adapted else found.likely[kept.index(b)]
                 edges.append(self._edge(names, parent, b, odds, found, kept, shape, correlation, drawn, turned))
         for b, (parent, how) in copies.items():
             equal = how.kind == "copy"
@@ -239,6 +242,24 @@ class Kin:
                 found[b] = (a, how)
                 break
         return found
+
+    def _adapted(
+        self, names: Sequence[str], shape: Geometry, kept: Sequence[int], parents: dict[int, int],
+        merges: Mapping[int, Mixture],
+    ) -> set[int]:  # fmt: skip
+        """Networks moved below a relative that they differ from by matrices of low rank: no accident makes that."""
+        moved = set()
+        for b in kept:
+            for a in [int(i) for i in shape.near[b] if int(i) in parents][:_TRIED]:
+                if b in merges or parents[b] == a or b in _above(parents, a) or shape.drift[a, b] <= 0:
+                    continue
+                one, other = self._network(names[a]), self._network(names[b])
+                changed = [n for n in self._shapes if not torch.equal(one[n], other[n])]
+                if changed and low_rank(one, other, changed) is not None:
+                    parents[b] = a
+                    moved.add(b)
+                    break
+        return moved
 
     def _chosen(
         self, shape: Geometry, values: Floats, parents: Mapping[int, int], merges: Mapping[int, Mixture],

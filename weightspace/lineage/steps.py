@@ -48,7 +48,7 @@ def step(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], names: Seque
     if rounded is not None:
         return rounded
     changed = [n for n in names if not torch.equal(parent[n].float(), child[n].float())]
-    rank = _low_rank(parent, child, changed)
+    rank = low_rank(parent, child, changed)
     if rank is not None:
         said = f"{len(changed)} tensors differ by matrices of rank {rank} or less, as a merged LoRA adapter"
         return Step("low rank", said, len(changed), len(names), rank)
@@ -136,7 +136,8 @@ def _few_levels(parent: Tensor, child: Tensor) -> int:
     return len(levels) if float((nearest == child.reshape(-1)).float().mean()) >= _AGREE else 0
 
 
-def _low_rank(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], changed: Sequence[str]) -> int | None:
+def low_rank(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], changed: Sequence[str]) -> int | None:
+    """The largest rank of the tensors' differences; None where one of them is not of low rank, or no matrix."""
     ranks = []
     for n in changed:
         one, other = parent[n].to(torch.float32), child[n].to(torch.float32)
@@ -158,4 +159,4 @@ def _low_rank(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], changed
     return max(ranks) if ranks else None
 
 
-__all__ = ["Kind", "Step", "quantised", "same_but_rounded", "step"]
+__all__ = ["Kind", "Step", "low_rank", "quantised", "same_but_rounded", "step"]

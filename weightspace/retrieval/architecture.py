@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weightspace.wiring.wiring import Wiring
 
 ROUNDS = 3
-VERSION = 1
+VERSION = 2
 Fingerprint = Mapping[str, int]
 
 
@@ -41,7 +41,7 @@ def fingerprint(wiring: Wiring) -> dict[str, int]:
         acts = sorted({a for f in cell.factors for a in wiring.activations.get(f, ())})
         on_it = sorted(vectors.get(name, ()))
         kind = cell.mark or ("free" if cell.movable else "pinned")
-        nested = " nested" if len(cell.factors) > 1 else ""
+        nested = " nested" if cell.movable and len(cell.factors) > 1 else ""
         labels[name] = f"{kind}{nested}" + f" [{', '.join(acts)}]" * bool(acts) + f" ({', '.join(on_it)})" * bool(on_it)
     edges: dict[str, list[tuple[str, str]]] = {name: [] for name in labels}
     counts: Counter[str] = Counter()
