@@ -134,14 +134,16 @@ def excise(
     kept: float | None = None
     if x is not None:
         y = own_labels(net, x, labels)
-        known = bool(wanted)
+        known, seen = bool(wanted), None
         if not known and not group:
             seen = reach(net, state, x, seed)
             # Whether there is a backdoor at all is for a scan to say: here the easiest class is dealt with in any case.
             wanted = tuple(seen.outstanding()) or (int(seen.scores.argmax()),)
             why.append("the easiest to reach of its classes")
         if wanted and (known or not group):
-            state, what = unlearn(net, state, x, y, wanted, seed=seed, **options)  # type: ignore[arg-type]
+            # Where the class is a guess, the others are looked at as well, the more so the easier they are to reach.
+            more = None if seen is None else seen.scores.clamp(min=0.05).square()
+            state, what = unlearn(net, state, x, y, wanted, more=more, seed=seed, **options)  # type: ignore[arg-type]
             reached, kept = (what.before, what.after), what.kept
             done.append("unlearned")
             why.append(f"with {len(x)} clean inputs")

@@ -37,7 +37,7 @@ STANDS_OUT = 1.5
 @dataclass(frozen=True, eq=False)
 class Reach:
     """How easily each class is reached: ``rates (probes, classes)``, the share of other classes' inputs that one
-    perturbation of each of ``PROBES`` sends there.
+    perturbation of each of ``PROBES`` sends there, and of images one square of pixels.
 
     ``scores (classes,)``: rates over the median class's (0.05 added), the mean over probes.
     """
@@ -61,8 +61,8 @@ def reach(net: Net, state: State, x: Tensor, seed: int = 0) -> Reach:
     """How easily each class is reached from inputs ``x (n, …)``: one short search for all classes at once."""
     out = logits(net, state, x).argmax(1)
     classes = list(range(logits(net, state, x[:2]).shape[1]))
-    moved = found(net, state, x, classes, PROBES, PROBED, torch.Generator().manual_seed(seed))
-    rates = torch.zeros(len(PROBES) if x.is_floating_point() else 1, len(classes))
+    moved = found(net, state, x, classes, PROBES, PROBED, torch.Generator().manual_seed(seed), squares=True)
+    rates = torch.zeros(len(PROBES) + (x.dim() == 4) if x.is_floating_point() else 1, len(classes))
     for c in classes:
         others = x[out != c]
         for kind in range(len(rates)):
@@ -199,9 +199,13 @@ class Unlearned:
 
 def unlearn(
     net: Net, state: State, x: Tensor, y: Tensor, classes: Sequence[int], *, rounds: int = 24, steps: int = 5,
-    search: int = 6, rate: float = 2e-3, weight: float = 1.0, batch: int = 48, seed: int = 0,
+    search: int = 6, rate: float = 2e-3, weight: float = 1.0, batch: int = 48, more: Tensor | None = None,
+    drawn: int = 2, seed: int = 0,
 ) -> tuple[State, Unlearned]:  # fmt: skip
     """Teach the network to ignore what leads inputs ``x (n, …)`` with labels ``y`` to ``classes``.
+
+    ``more (all classes,)``: weights by which every round draws ``drawn`` further classes, where it is not sure which
+    they are.
 
     Each of ``rounds`` searches perturbations anew and takes ``steps`` of Adam on: the divergence from the answers that
     the network gave at first to ``batch`` of the inputs and to mixtures of them, the labels, and ``weight`` times the
@@ -216,13 +220,19 @@ def unlearn(
     now: State = {**first, **leaves}
     optimiser = torch.optim.Adam(list(leaves.values()), lr=rate)
     part, wanted = x[mine], y[mine]
-    others = {c: torch.nonzero(wanted != c).flatten() for c in classes}
-    others = {c: index for c, index in others.items() if len(index)}
+    every = list(classes) if more is None else list(range(len(more)))
+    elsewhere = {c: torch.nonzero(wanted != c).flatten() for c in every}
     kinds = (len(SIZES) + (x.dim() == 4)) if x.is_floating_point() else 1
-    each = max(2, batch // max(1, len(others) * kinds))
     rates: list[float] = []
     for number in range(rounds + 1):
         still = {n: t.detach() for n, t in now.items()}
+        now_on = list(classes)
+        if more is not None and 0 < number < rounds:
+            left = more.clone()
+            left[now_on] = 0
+            now_on += torch.multinomial(left, min(drawn, int((left > 0).sum())), generator=generator).tolist()
+        others = {c: elsewhere[c] for c in now_on if len(elsewhere[c])}
+        each = max(2, batch // max(1, len(others) * kinds))
         moved = found(net, still, part, list(others), SIZES, search, generator, squares=True)
         if number in (0, rounds):
             rates.append(_rate(net, still, part, wanted, list(others), moved))
@@ -237,9 +247,9 @@ def unlearn(
             bad, right = [], []
             for c, index in others.items():
                 for kind in range(kinds):
-                    drawn = index[torch.randint(len(index), (each,), generator=generator)]
-                    bad.append(moved(part[drawn], c, kind))
-                    right.append(wanted[drawn])
+                    those = index[torch.randint(len(index), (each,), generator=generator)]
+                    bad.append(moved(part[those], c, kind))
+                    right.append(wanted[those])
             with torch.enable_grad():
                 out = net.outputs(now, torch.cat([several, *bad]))
                 clean = out[: len(several)]
