@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_a_verdict_of_a_file_has_a_subspace_for_its_class(tmp_path: Path) -> Non
     torch.manual_seed(0)
     sizes = (6, 12, 9, 4)
     tensors = {}
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         tensors |= {f"net.{2 * i}.weight": torch.randn(b, a), f"net.{2 * i}.bias": torch.randn(b)}
     save_file(tensors, tmp_path / "model.safetensors")
     found = verdict(str(tmp_path / "model.safetensors"))

@@ -57,6 +57,7 @@ CLEAN = 100
 TRUTH = 200
 """Inputs on which the change by the real trigger is measured."""
 ANP_STEPS = 100
+"""A quarter of the usual ones, for want of time."""
 LARGEST_ANP = 100_000
 """Entries of networks on which ANP is run: it takes minutes for larger ones."""
 WIDTHS = (8, 8, 16, 16, 32, 32, 32, 64, 64, 64, 64, 64, 64)
