@@ -231,9 +231,9 @@ def _bounds(net: Net) -> list[Tensor]:
         else:
             bound = place.view(tensor).norm(dim=-1)
         if site.variance is not None:
-            deviation = (site.variance.view(net.state[site.variance.tensor]).mean(-1) + EPSILON).sqrt()
+            deviation = (site.variance.view(net.state[net.twin[site.variance.tensor]]).mean(-1) + EPSILON).sqrt()
             for gain in site.gains:
-                bound = bound * gain.view(net.state[gain.tensor]).mean(-1).abs()
+                bound = bound * gain.view(net.state[net.twin[gain.tensor]]).mean(-1).abs()
             bound = bound / deviation
         found.append(bound)
     return found
