@@ -1,0 +1,34 @@
+"""The notebooks run from beginning to end, as they lie there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
+def test_a_notebook_runs(name: str, tmp_path: Path) -> None:
+    client, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("ipykernel")
+    shutil.copy(NOTEBOOKS / "small.toml", tmp_path)
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    kept = sum(len(cell.get("outputs", ())) for cell in notebook.cells)
+    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert sum(len(cell.get("outputs", ())) for cell in notebook.cells) == kept
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
+def test_a_notebook_can_be_read_where_it_is_not_run(name: str) -> None:
+    import json
+
+    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())
+    figures = [o for c in notebook["cells"] for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
+    assert figures
+    assert 10 <= len(notebook["cells"]) <= 20
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 200_000
