@@ -135,3 +135,23 @@ def test_of_two_classes_the_one_that_is_unlike_itself_is_found() -> None:
     judged = null.judge(of_two(2.0))
     assert judged.target == (1, 0)
     assert judged.p_value < 0.02
+
+
+def test_networks_of_one_lineage_are_no_proof_of_each_other() -> None:
+    rng = np.random.default_rng(6)
+
+    def twins() -> list[Drawn]:
+        one = drawn(rng)
+        return [Drawn(one.values + 0.02 * rng.standard_normal(one.values.shape), whole=one.whole) for _ in range(3)]
+
+    alone, grouped = [], []
+    for _ in range(25):
+        clean = [c for _ in range(10) for c in twins()]
+        nulls = null_from(clean), null_from(clean, [i // 3 for i in range(30)])
+        for _ in range(10):
+            found = drawn(rng)
+            for p, null in zip((alone, grouped), nulls, strict=True):
+                p.append(null.judge(found).p_value)
+    assert np.mean(np.array(grouped) <= 0.05) < 0.09 < np.mean(np.array(alone) <= 0.05)
+    with pytest.raises(WeightspaceError, match="3 groups"):
+        null_from(clean, [1, 2, 3])

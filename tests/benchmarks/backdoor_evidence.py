@@ -167,9 +167,9 @@ def judged(rows: Sequence[Row], folds: int) -> dict[int, tuple[float, tuple[int,
     found = {}
     for fold in range(folds):
         reference = [r for r in rows if not r.attack and r.fold % folds != fold]
-        if len(reference) < FEWEST:
+        if len({r.fold for r in reference}) < FEWEST:
             continue
-        null: Null = null_from(reference)
+        null: Null = null_from(reference, [r.fold for r in reference])
         for i, row in enumerate(rows):
             if row.fold % folds == fold:
                 j = null.judge(row)

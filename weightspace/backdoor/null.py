@@ -10,7 +10,7 @@ calibrated against what those show.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,7 +106,7 @@ def standing(values: Array) -> Array:
         x = np.asarray(values, dtype=np.float64)
         size = np.abs(x).max(0, keepdims=True)
         x = x / np.where(size > 0, size, 1.0)
-        return 3 * (x - x.mean(0))
+        return np.asarray(3 * (x - x.mean(0)), dtype=np.float64)
     return np.clip(outlier(values), -6, 6)
 
 
@@ -139,7 +139,7 @@ class Judged:
 @dataclass(frozen=True, eq=False)
 class Null:
     """What clean networks of a family show: ``classes (networks, classes, tests)``, ``whole (networks, numbers)``,
-    and the names of both.
+    and the names of both; ``held``: what each of them shows among the others, of which ``count`` are independent.
 
     A class is compared with the same class of the clean networks: an 8 is easier to reach than a 1 for all of them.
     Where classes mean different things in different networks of the family, that comparison loses its edge but stays
@@ -151,6 +151,7 @@ class Null:
     whole_names: tuple[str, ...]
     whole: Array
     held: Mapping[str, Array]
+    count: int
 
     def judge(self, found: Described) -> Judged:
         """p-values of a network that is not among the reference.
@@ -170,7 +171,7 @@ class Null:
         w = _logged(np.array([found.whole[n] for n in self.whole_names]))
         z, zw = _against(self.classes, x), _against(self.whole, w)
         statistics = _statistics(self.names, z, self.whole_names, zw)
-        p = {n: float(tail(self.held[n], v)) for n, v in statistics.items()}
+        p = {n: tail(self.held[n], v, self.count) for n, v in statistics.items()}
         scores = np.maximum(_of_classes(self.names, z, TOGETHER), _of_classes(self.names, z, CHANGES))
         return Judged(
             p_value=_joined([p[n] for n in p if n.startswith("=")]),
@@ -179,9 +180,11 @@ class Null:
         )  # fmt: skip
 
 
-def null_from(clean: Sequence[Described]) -> Null:
+def null_from(clean: Sequence[Described], groups: Sequence[Hashable] | None = None) -> Null:
     """The null of clean networks of one family: one architecture, one number of classes, best the same data.
 
+    ``groups``: of each network which others it resembles by descent (a parent and its children), so that it is
+    not judged by those; without it, all count as independent, and p-values come out too small where they are not.
     Raises ``WeightspaceError`` for fewer than ``FEWEST``, or networks with different numbers of classes.
     """
     if len(clean) < FEWEST:
@@ -193,23 +196,31 @@ def null_from(clean: Sequence[Described]) -> Null:
     whole_names = tuple(n for n in clean[0].whole if all(n in c.whole for c in clean))
     classes = np.array([standing(c.values[:, [c.names.index(n) for n in names]]) for c in clean])
     whole = np.array([_logged(np.array([c.whole[n] for n in whole_names])) for c in clean])
+    own = list(groups) if groups is not None else list(range(len(clean)))
+    if len(own) != len(clean) or len(set(own)) < FEWEST:
+        raise WeightspaceError(
+            f"{len(clean)} clean networks, {len(own)} groups of which {len(set(own))} differ; one for each network, "
+            f"at least {FEWEST} different, were expected"
+        )
     rows: list[dict[str, float]] = []
-    for i in range(len(clean)):
-        z = _against(np.delete(classes, i, 0), classes[i])
-        zw = _against(np.delete(whole, i, 0), whole[i])
+    for i, mine in enumerate(own):
+        others = [k for k, group in enumerate(own) if group != mine]
+        z = _against(classes[others], classes[i])
+        zw = _against(whole[others], whole[i])
         rows.append(_statistics(names, z, whole_names, zw))
-    return Null(names, classes, whole_names, whole, {n: np.array([r[n] for r in rows]) for n in rows[0]})
+    held = {n: np.array([r[n] for r in rows]) for n in rows[0]}
+    return Null(names, classes, whole_names, whole, held, len(set(own)))
 
 
-def tail(reference: Array, x: float) -> float:
+def tail(reference: Array, x: float, count: int = 0) -> float:
     """p-value of ``x`` among few values of clean networks, by a Gumbel distribution with their mean and spread.
 
     What is tested is a largest value of many, so its tail is an exponential; that mean and spread are estimates from
-    ``len(reference)`` values is allowed for as in a t-test.
+    ``count`` independent values (``len(reference)``) is allowed for as in a t-test.
     """
     from scipy.stats import norm, t
 
-    n = len(reference)
+    n = count or len(reference)
     spread = max(float(reference.std(ddof=1)), 1e-6 * (1 + float(np.abs(reference).max())))
     away = (x - float(reference.mean())) / (spread * math.sqrt(1 + 1 / n))
     normal = float(-norm.isf(t.cdf(away, n - 1))) if away < 0 else float(norm.isf(t.sf(away, n - 1)))
