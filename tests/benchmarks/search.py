@@ -108,8 +108,8 @@ def tasks(folder: Path, count: int, seeds: int) -> list[dict[str, Any]]:
         for seed in range(seeds):
             for task in range(data.tasks):
                 rng = np.random.default_rng([seed, task])
-                at = np.flatnonzero((data.test_y // CLASSES == task).numpy())
-                at = rng.choice(at, min(count, len(at)), replace=False)
+                parts = [np.flatnonzero((data.test_y == task * CLASSES + c).numpy()) for c in range(CLASSES)]
+                at = np.concatenate([rng.choice(x, min(count // CLASSES, len(x)), replace=False) for x in parts])
                 labels = torch.from_numpy(rng.permutation(CLASSES))[data.test_y[torch.from_numpy(at)] % CLASSES]
                 found = zoo.search_task(data.test_x[torch.from_numpy(at)], labels, k=len(records))
                 left = len(found.left_out)
