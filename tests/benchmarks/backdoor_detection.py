@@ -170,10 +170,8 @@ def laid(entry: Entry, reference: Any) -> np.ndarray:
 
 def row_sums(entry: Entry) -> float:
     """How far the largest sum of a class' weights lies from the others, in robust deviations."""
-    from weightspace.backdoor.outputs import class_axis
-
-    tensors = {n: entry.graph.tensor(n) for n in entry.graph.shapes}
-    sums = class_axis(entry.graph.wiring, tensors).rows(tensors).sum(1)
+    asked = entry.seen.asked
+    sums = asked.axis.rows(asked.tensors).sum(1)
     middle = sums.median()
     return float((sums.max() - middle) / (1.4826 * (sums - middle).abs().median() + 1e-12))
 
@@ -182,9 +180,7 @@ def clp(entry: Entry) -> float:
     """How far the largest channel Lipschitz constant of a layer lies above its mean, in deviations: most of any."""
     from weightspace.backdoor.defences import clp_scores
 
-    sample = entry.truth.sample.graph
-    tensors = {n: sample.tensor(n) for n in sample.shapes}
-    scores = clp_scores(sample.wiring, tensors)
+    scores = clp_scores(entry.seen.asked.wiring, entry.seen.asked.tensors)
     top = [float((s.max() - s.mean()) / (s.std() + 1e-12)) for s in scores.values() if s.numel() > 2]
     return max(top, default=0.0)
 
