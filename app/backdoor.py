@@ -20,7 +20,7 @@ SCAN, LOCATE, EXCISE, BESIDE = (
 
 def verdict(found: Mapping[str, Any]) -> None:
     """The outcome in a sentence, and how sure it is."""
-    reason = str(found["reason"])
+    reason = ui.plain(found["reason"])
     told = f"{'Flagged' if found['flagged'] else 'Not flagged'}: {reason}"
     if found["flagged"]:
         st.error(told, icon=":material/gpp_bad:")
@@ -40,7 +40,8 @@ def verdict(found: Mapping[str, Any]) -> None:
         st.caption(f"How far to trust the probability: {backdoors.calibration_words(found['calibration'])}. Of clean "
                    f"networks {found['level']:.0%} are flagged.")  # fmt: skip
     if not found["applicable"]:
-        st.info(f"The detector was trained on other networks than this one: {found['applicability'].get('reason', '')}",
+        st.info(f"The detector was trained on other networks than this one: "
+                f"{ui.plain(found['applicability'].get('reason', ''))}",
                 icon=":material/help:")  # fmt: skip
     if found["targets"]:
         targets = [(int(c), float(s)) for c, s in found["targets"]]
@@ -104,9 +105,9 @@ def take_out(shelf: Shelf, name: str, target: int | None, base: str | None, file
     if done is None:
         return
     if not done["changed"]:
-        st.info(f"Nothing was changed: {done['reason']}.", icon=":material/info:")
+        st.info(f"Nothing was changed: {ui.plain(done['reason'])}.", icon=":material/info:")
         return
-    st.success(f"{done['method'].capitalize()}: {done['reason']}.", icon=":material/check:")
+    st.success(f"{done['method'].capitalize()}: {ui.plain(done['reason'])}.", icon=":material/check:")
     again = ui.work("Scanning the result", SCAN, str(out), None, file, of=[of, "again"], label="again")
     one, two, three = st.columns(3)
     if again is not None:
@@ -119,7 +120,7 @@ def take_out(shelf: Shelf, name: str, target: int | None, base: str | None, file
     if shelf.fact(name, "data") or shelf.fact(name, "task"):
         both = ui.work("Measuring accuracy", BESIDE, shelf.address(name), str(out), of=[of, "accuracy"], label="both")
         if isinstance(both, str):
-            st.caption(f":material/info: Its accuracy was not measured: {both}")
+            st.caption(f":material/info: Its accuracy was not measured: {ui.plain(both)}")
         elif both is not None:
             three.metric("Accuracy on its own test data", f"{both['after']:.1%}",
                          f"{100 * (both['after'] - both['before']):+.1f} points")  # fmt: skip

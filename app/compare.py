@@ -15,6 +15,7 @@ COMPARE = "weightspace.explorer.diff:compare"
 
 def verdict(found: Diff, a: str, b: str) -> None:
     """The outcome in a sentence."""
+    a, b = ui.plain(a), ui.plain(b)
     if found.same:
         st.success(f"{a} and {b} hold the same numbers.", icon=":material/check:")
         return
@@ -34,7 +35,7 @@ def verdict(found: Diff, a: str, b: str) -> None:
     changed = found.blocks[found.blocks["change"] > 0] if len(found.blocks) else found.blocks
     four.metric("Tensors that changed", f"{len(changed)} of {len(found.blocks)}")
     if found.declined:
-        st.info(f"Not aligned: {found.declined}", icon=":material/info:")
+        st.info(f"Not aligned: {ui.plain(found.declined)}", icon=":material/info:")
 
 
 def blocks(found: Diff, name: str) -> None:
@@ -62,7 +63,7 @@ def blocks(found: Diff, name: str) -> None:
 
 def permutation(found: Diff, name: str) -> None:
     if not found.moves:
-        st.info(found.declined or "There is no axis that may be permuted.", icon=":material/info:")
+        st.info(ui.plain(found.declined) or "There is no axis that may be permuted.", icon=":material/info:")
         return
     labels = {m.axis: f"{m.axis}: {m.size:,} elements, {m.moved:.0%} moved" for m in found.moves}
     axis = st.selectbox("Axis", list(labels), format_func=lambda x: labels.get(x, x), key="moved", bind="query-params")

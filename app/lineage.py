@@ -36,18 +36,19 @@ def facts(found: Mapping[str, Any], zoo: Listing) -> None:
     if found["disagreements"]:
         with st.expander(f"{len(found['disagreements'])} disagreements", icon=":material/report:", expanded=True):
             for line in found["disagreements"][:30]:
-                st.markdown(f"- {line}")
+                st.markdown(f"- {ui.plain(line)}")
 
 
 def details(found: Mapping[str, Any], name: str) -> None:
     """One model: its parents, its children, where to go."""
-    st.subheader(name, anchor=False)
+    st.subheader(ui.plain(name), anchor=False)
     above = [e for e in found["edges"] if e["child"] == name]
     below = [e for e in found["edges"] if e["parent"] == name]
     for edge in above:
         share = "" if edge["share"] > 0.999 else f", {edge['share']:.0%} of it"
-        st.markdown(f"From **{edge['parent']}**{share}: {edge['detail']}, sure {edge['confidence']:.0%}, direction "
-                    f"{edge['direction']:.0%}. {edge['why']}")  # fmt: skip
+        st.markdown(f"From **{ui.plain(edge['parent'])}**{share}: {ui.plain(edge['detail'])}, sure "
+                    f"{edge['confidence']:.0%}, direction "
+                    f"{edge['direction']:.0%}. {ui.plain(edge['why'])}")  # fmt: skip
     if not above:
         st.markdown("No parent of it is in this zoo.")
     if below:
@@ -70,7 +71,7 @@ def show(found: Mapping[str, Any], zoo: Listing) -> None:
     if related:
         asked = st.query_params.get("model")
         if asked and asked not in related and asked in zoo.frame.index:
-            st.caption(f"{asked} has no relative here.")
+            st.caption(f"{ui.plain(asked)} has no relative here.")
         name = st.selectbox("Model", related, index=None, key="model", bind="query-params",
                             placeholder="click a dot, or type a part of a name")  # fmt: skip
         chosen = [] if name is None else [name]
@@ -88,11 +89,11 @@ def show(found: Mapping[str, Any], zoo: Listing) -> None:
                          "distance": st.column_config.NumberColumn(format="%.3f")})  # fmt: skip
         ui.download("Tree (text)", str(found["tree"]), "lineage.txt", "text/plain", key="tree")
     for note in found["notes"]:
-        st.caption(f":material/info: {note}")
+        st.caption(f":material/info: {ui.plain(note)}")
     if found["left_out"]:
         with st.expander(f"{len(found['left_out'])} models could not be compared", icon=":material/block:"):
             for model, why in list(found["left_out"].items())[:50]:
-                st.caption(f"{model}: {why}")
+                st.caption(ui.plain(f"{model}: {why}"))
 
 
 def page() -> None:
@@ -108,7 +109,7 @@ def page() -> None:
     try:
         kept = tables.matching(zoo.frame, text or "", searched)
     except WeightspaceError as error:
-        st.error(str(error), icon=":material/filter_alt_off:")
+        st.error(ui.plain(error), icon=":material/filter_alt_off:")
         return
     names = [str(n) for n in zoo.frame.index[kept]]
     ui.need(len(names) >= 2, f"{len(names)} models match; a lineage needs at least two.")

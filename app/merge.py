@@ -38,7 +38,7 @@ def _stamp(path: Path) -> str:
 
 
 def shown_report(found: Mapping[str, Any], names: list[str], measured: Mapping[str, float]) -> None:
-    verdict = str(found["verdict"])
+    verdict = ui.plain(found["verdict"])
     verdict = verdict[:1].upper() + verdict[1:] + "."
     (st.success if found["ok"] and found["best"] else st.warning)(verdict, icon=":material/balance:")
     findings = found["preflight"].get("findings", [])
@@ -46,9 +46,9 @@ def shown_report(found: Mapping[str, Any], names: list[str], measured: Mapping[s
         with st.expander(f"{len(findings)} findings before the merge", icon=":material/fact_check:",
                          expanded=not found["ok"]):  # fmt: skip
             for one in findings:
-                st.markdown(f"{ICONS.get(one['severity'], '')} **{one['check']}** · {_sentence(one)}")
+                st.markdown(f"{ICONS.get(one['severity'], '')} **{one['check']}** · {ui.plain(_sentence(one))}")
     for note in [*found["notes"], *(f"{name}: {why}" for name, why in found["left"].items())]:
-        st.caption(f":material/info: {note}")
+        st.caption(f":material/info: {ui.plain(note)}")
     if not found["merges"]:
         return
     first = found["merges"][0]
@@ -61,7 +61,8 @@ def shown_report(found: Mapping[str, Any], names: list[str], measured: Mapping[s
         if known.empty:
             reasons = list(dict.fromkeys(found["why not"].get(label, {}).values()))
             told = "; ".join(reason.removeprefix("outside: ") for reason in reasons)
-            st.info(f"No number is given here: {told or 'see the notes above'}. You can still make the merge and "
+            st.info(f"No number is given here: {ui.plain(told) or 'see the notes above'}. You can still make the "
+                    "merge and "
                     "measure it.", icon=":material/help:")  # fmt: skip
         else:
             ui.chart(lab.draw_predictions(frame, measured), "expected",
@@ -155,7 +156,7 @@ def results(made: Made, text: str) -> None:
     path = Path(made.path)
     st.success(f"Merged in {made.seconds:.1f} s: {counts}.", icon=":material/check:")
     for note in made.notes:
-        st.caption(note)
+        st.caption(ui.plain(note))
     with st.container(horizontal=True):
         ui.download(f"Merged file ({path.stat().st_size / 1e6:.2g} MB)", path.read_bytes, path.name,
                     "application/octet-stream", key="merged")  # fmt: skip
@@ -163,7 +164,7 @@ def results(made: Made, text: str) -> None:
         try:
             yaml = lab.mergekit(text)
         except WeightspaceError as error:
-            st.caption(f"mergekit cannot do this: {error}")
+            st.caption(f"mergekit cannot do this: {ui.plain(error)}")
         else:
             ui.download("mergekit (YAML)", yaml, "mergekit.yml", "application/yaml", key="yaml")
     with st.expander("What became of every tensor", icon=":material/list:"):
@@ -208,7 +209,7 @@ def shown_measure(shelf: Shelf, found: Measured, names: list[str], base: str | N
         ui.table(found.table(), "measured", "Accuracy of each model alone and of the merged one",
                  config=dict.fromkeys(("alone", "merged", "retained"), percent))  # fmt: skip
         for note in found.notes:
-            st.caption(f":material/info: {note}")
+            st.caption(f":material/info: {ui.plain(note)}")
         keep(shelf, found, names, base, method)
     with right:
         if found.curves:

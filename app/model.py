@@ -31,7 +31,7 @@ def card(shelf: Shelf, name: str) -> None:
     movable = found["movable"]
     four.metric("Movable", "–" if movable is None else f"{movable:.1%}",
                 help="Share of the parameters that lie on an axis which may be permuted")  # fmt: skip
-    st.markdown(f"**{found['architecture']}** · wiring :{colour}-badge[{word}] {meaning}")
+    st.markdown(f"**{ui.plain(found['architecture'])}** · wiring :{colour}-badge[{word}] {meaning}")
     reading, record = found["reading"], found["record"]
     facts = {"format": found["format"], "recognised by": found["recognised"], "proof": found["proof"],
              "content hash": found["sha256"]}  # fmt: skip
@@ -54,7 +54,7 @@ def card(shelf: Shelf, name: str) -> None:
         if not found["findings"]:
             st.success("Nothing odd was found in the values.", icon=":material/check:")
         for finding in oddities[:12]:
-            st.markdown(f"- {finding}")
+            st.markdown(f"- {ui.plain(finding)}")
         if len(oddities) > 12:
             st.caption(f"and {len(oddities) - 12} more, in the downloaded table")
 
@@ -80,7 +80,7 @@ def picked() -> None:
 
 def graph(shelf: Shelf, name: str, found: Anatomy) -> None:
     if found.graph is None:
-        st.info(f"There is no graph of a network that is not wired: {found.why}", icon=":material/info:")
+        st.info(f"There is no graph of a network that is not wired: {ui.plain(found.why)}", icon=":material/info:")
         return
     structure = ParameterGraph.from_description(found.graph)
     order = [row[0] for row in found.rows]
@@ -109,7 +109,7 @@ def graph(shelf: Shelf, name: str, found: Anatomy) -> None:
 
 
 def neurons(shelf: Shelf, name: str, axis: str, size: int) -> None:
-    st.subheader(f"Neurons of {axis}", anchor=False)
+    st.subheader(f"Neurons of {ui.plain(axis)}", anchor=False)
     first = 0
     if size > 40:
         first = int(st.slider("First element", 0, size - 1, key="first", step=40, bind="query-params"))
@@ -127,10 +127,10 @@ def neurons(shelf: Shelf, name: str, axis: str, size: int) -> None:
 
 def wiring(name: str, found: Anatomy) -> None:
     if found.why:
-        st.info(found.why, icon=":material/info:")
+        st.info(ui.plain(found.why), icon=":material/info:")
     proof = found.card["proof"]
     if proof:
-        st.success(f"Proof: {proof}.", icon=":material/verified:")
+        st.success(f"Proof: {ui.plain(proof)}.", icon=":material/verified:")
     rows = pd.DataFrame(found.rows, columns=["tensor", "role", "shape", "axes"])
     st.caption("Tensors that share an axis are wired together.")
     ui.table(rows, f"{name}-wiring", f"The wiring of {name}: every tensor with its axes",
@@ -161,7 +161,7 @@ def layer_views(name: str, found: Anatomy) -> None:
                                                            "count": layer.counts}))  # fmt: skip
     with right:
         if chosen not in matrices:
-            st.caption(f"{chosen} is no matrix of weights, so it has no singular values.")
+            st.caption(f"{ui.plain(chosen)} is no matrix of weights, so it has no singular values.")
             return
         all_ = "" if layer.exact else " (the leading ones, estimated)"
         ui.chart(layers.spectrum([layer]), f"{name}-{chosen}-spectrum",

@@ -32,7 +32,7 @@ def example(shelf: Shelf) -> str | None:
             try:
                 kept = uploads.keep(folder, file.name, file)
             except WeightspaceError as error:
-                st.error(str(error), icon=":material/block:")
+                st.error(ui.plain(error), icon=":material/block:")
                 return None
             of = [folder, kept.name, kept.stat().st_size]
             report = ui.work("Reading the upload", f"{index.__module__}:index", str(folder), 1, of=of)
@@ -41,10 +41,10 @@ def example(shelf: Shelf) -> str | None:
             refused = dict([*report.failures, *report.ignored])
             if kept.name in refused:
                 why = refused[kept.name].replace(f"{folder}/", "")
-                st.error(f"It cannot be opened: {why}", icon=":material/block:")
+                st.error(ui.plain(f"It cannot be opened: {why}"), icon=":material/block:")
                 return None
             names = [n for n in ui.shelf().uploaded if n.removeprefix(UPLOAD).startswith(kept.name)]
-            st.success(f"Asking about {kept.name}", icon=":material/check:")
+            st.success(f"Asking about {ui.plain(kept.name)}", icon=":material/check:")
             return names[0] if names else None
     with left:
         return ui.choose("A model", shelf, "query")
@@ -65,7 +65,7 @@ def by_model(shelf: Shelf, folder: str) -> None:
     if found is None:
         return
     if len(found) and found["distance"].iloc[0] < 1e-6:
-        st.success(f"{found['model'].iloc[0]} is the same network, perhaps in another order or format.",
+        st.success(f"{ui.plain(found['model'].iloc[0])} is the same network, perhaps in another order or format.",
                    icon=":material/content_copy:")  # fmt: skip
     ui.table(found, "neighbours", f"The models nearest to {name}",
              config={"distance": st.column_config.NumberColumn(format="%.4f"),
@@ -147,7 +147,7 @@ def answer(found: Mapping[str, Any] | None, meaning: str) -> None:
             for model, why in found["left_out"].items():
                 reasons.setdefault(why, []).append(model)
             for why, names in list(reasons.items())[:12]:
-                st.caption(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}")
+                st.caption(ui.plain(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}"))
 
 
 def page() -> None:

@@ -40,7 +40,7 @@ def open_folder() -> None:
             chosen = Path(path.strip()).expanduser()
             why = "type the path of a folder" if not path.strip() else ui.may_open(chosen.resolve())
             if why:
-                st.error(why[:1].upper() + why[1:] + ".", icon=":material/error:")
+                st.error(ui.plain(why[:1].upper() + why[1:] + "."), icon=":material/error:")
             else:
                 ui.open_folder(chosen.resolve())
                 st.rerun()
@@ -84,7 +84,7 @@ def reasons(rows: Sequence[tuple[str, str]], name: str) -> None:
                  config={"file": st.column_config.TextColumn(width="medium")})  # fmt: skip
         return
     # Few reasons are shown whole, however long they are.
-    st.table(frame.set_index("file"))
+    st.table(frame.map(ui.plain).set_index("file"))
     ui.download("CSV", lambda: frame.to_csv(index=False), f"{name}.csv", "text/csv", key=f"reasons-{name}")
 
 
@@ -115,7 +115,7 @@ def _writable(path: Path) -> bool:
 
 def index_first(folder: Path) -> None:
     """A folder that has no index yet, or an old one: index it, with progress, and say what could not be read."""
-    st.subheader(folder.name, anchor=False)
+    st.subheader(ui.plain(folder.name), anchor=False)
     st.write(f"`{folder}` has no index yet. Indexing opens every file once, proves how its tensors are wired, and "
              "keeps the result; unchanged files are skipped the next time.")  # fmt: skip
     of = [folder, "first"]
@@ -187,7 +187,7 @@ def show(zoo: Listing, searched: list[str]) -> None:
     try:
         kept = tables.matching(frame, text or "", searched)
     except WeightspaceError as error:
-        st.error(f"{error}", icon=":material/filter_alt_off:")
+        st.error(ui.plain(error), icon=":material/filter_alt_off:")
         kept = np.ones(len(frame), dtype=bool)
     selected = chosen_names(zoo)
     visible = frame[kept]
@@ -256,7 +256,7 @@ def selection(selected: list[str]) -> None:
             st.caption("Select models in the table (boxes on its left) or on the map to look at one, compare two, or "
                        "score a merge.")  # fmt: skip
             return
-        st.markdown(f"**{len(selected)} selected**: " + ", ".join(f"`{name}`" for name in selected[:6])
+        st.markdown(f"**{len(selected)} selected**: " + ", ".join(ui.plain(name) for name in selected[:6])
                     + (f" and {len(selected) - 6} more" if len(selected) > 6 else ""))  # fmt: skip
         with st.container(horizontal=True):
             ui.link("model", "Look at it" if len(selected) == 1 else "Look at the first", model=selected[0])
@@ -281,7 +281,7 @@ def page() -> None:
     why = ui.may_open(folder)
     if why:
         ui.title("zoo")
-        st.error(f"{why[:1].upper()}{why[1:]}.", icon=":material/folder_off:")
+        st.error(ui.plain(f"{why[:1].upper()}{why[1:]}."), icon=":material/folder_off:")
         bring_in(True)
         return
     if not models.is_indexed(folder):
@@ -296,7 +296,7 @@ def page() -> None:
     if zoo.frame.empty:
         st.info("The index of this folder holds no model.")
         for file, reason in [*zoo.failures, *zoo.ignored][:20]:
-            st.caption(f"{file}: {reason}")
+            st.caption(ui.plain(f"{file}: {reason}"))
     else:
         show(zoo, searched)
     with button:

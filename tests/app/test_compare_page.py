@@ -38,7 +38,7 @@ def test_every_view_is_a_link(page: Page, view: str, words: str) -> None:
 
 
 def test_other_architectures_are_compared_by_what_they_share(page: Page) -> None:
-    app = page("compare", a="mlp-0.safetensors", b="cnn-0.safetensors", view="Wiring")
+    app = page("compare", a="mlp-0.safetensors", b="cnn-0.safetensors", show="Wiring")
     assert "are not one architecture" in app.warning[0].value
     assert len(app.dataframe[0].value) > 2
 

@@ -70,6 +70,12 @@ def test_limits_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [f.name for f in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_words_of_a_file_draw_nothing() -> None:
+    ui = pytest.importorskip("weightspace.explorer.ui", reason="the explorer needs the extra app")
+    assert ui.plain("![x](http://far/away.png) **b** `c`") == r"!\[x\](http://far/away.png) \*\*b\*\* \`c\`"
+    assert ui.plain("two\nlines") == "two lines"
+
+
 # ------------------------------------------------------------------------------------ filters and maps
 
 FRAME = pd.DataFrame(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -132,7 +133,8 @@ def in_browser(folder: Path, chromium: str, times: int = 3) -> dict[str, float]:
                 page.wait_for_timeout(1000)
                 box = page.get_by_role("textbox", name="Filter")
                 box.fill("cnn test_accuracy>0.9")
-                before = page.get_by_text(" of ").first.inner_text()
+                counted = page.get_by_text(re.compile(r"^[\d,]+ of [\d,]+ models$")).first
+                before = counted.inner_text()
                 started = time.perf_counter()
                 box.press("Enter")
                 page.wait_for_function(

@@ -26,7 +26,7 @@ _HUB = 5
 """Blocks that meet at an axis for it to be a stream that others hang on."""
 _MOST = 40
 """Neurons of an axis that are drawn at once."""
-_EDGES = 700
+_EDGES = 260
 """Weights that are drawn at once."""
 
 

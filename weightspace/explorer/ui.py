@@ -6,6 +6,7 @@ The only module of the package that imports Streamlit; pages in ``app/`` are thi
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,16 +125,21 @@ def dark() -> bool:
 # ------------------------------------------------------------------------------------ words
 
 
+def plain(text: object) -> str:
+    """Words that may come from a file, as they are: Markdown in them would be drawn, and an image in it fetched."""
+    return re.sub(r"([\\`*_\[\]<>$~|])", r"\\\1", " ".join(str(text).split()))
+
+
 @contextmanager
 def said() -> Iterator[None]:
     """What goes wrong inside is said in a sentence; never a traceback on a page."""
     try:
         yield
     except WeightspaceError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(error), icon=":material/error:")
     except Exception as error:
         _log.exception("a page failed")
-        st.error(sentence(error), icon=":material/error:")
+        st.error(plain(sentence(error)), icon=":material/error:")
 
 
 def title(page: str, shelf: Shelf | None = None) -> None:
@@ -143,7 +149,7 @@ def title(page: str, shelf: Shelf | None = None) -> None:
     opened = folder()
     told = [purpose]
     if opened is not None:
-        told.append(f"zoo **{opened.name}**")
+        told.append(f"zoo **{plain(opened.name)}**")
     if shelf is not None and shelf.names:
         told.append(f"{len(shelf.names):,} models" + (f", {len(shelf.uploaded)} uploaded" if shelf.uploaded else ""))
     st.caption(" · ".join(told))
@@ -153,7 +159,7 @@ def busy() -> None:
     """At the foot of every page: what is being worked on, wherever it was begun."""
     running = here().jobs.running()
     if running:
-        st.caption(":material/hourglass_top: In work: " + ", ".join(job.title for job in running[:4]))
+        st.caption(":material/hourglass_top: In work: " + plain(", ".join(job.title for job in running[:4])))
 
 
 def link(page: str, label: str, icon: str | None = None, **query: str | list[str]) -> None:
@@ -163,7 +169,7 @@ def link(page: str, label: str, icon: str | None = None, **query: str | list[str
     params: list[tuple[str, str]] = []
     for name, value in {**kept(), **query}.items():
         params += [(name, one) for one in ([value] if isinstance(value, str) else value)]
-    st.page_link(f"{page}.py", label=label, icon=icon or PAGES[page][1], query_params=params)
+    st.page_link(f"{page}.py", label=plain(label), icon=icon or PAGES[page][1], query_params=params)
 
 
 def first_steps(shelf: Shelf) -> bool:
@@ -188,7 +194,7 @@ def choose(
     ``optional``. A name in the URL that is not there is said."""
     asked = st.query_params.get(key)
     if asked and asked not in shelf:
-        st.warning(f"The link asks for {asked}, which is not among these models.", icon=":material/link_off:")
+        st.warning(f"The link asks for {plain(asked)}, which is not among these models.", icon=":material/link_off:")
     names = shelf.names
     # Never a default of the widget's: the URL would not name it, and mean another model once the zoo has changed.
     if not optional and names and not asked and st.session_state.get(key) is None:
@@ -204,7 +210,7 @@ def choose_many(label: str, shelf: Shelf, key: str, most: int, help: str | None 
     """Several models, bound to the URL parameter ``key``."""
     lost = [name for name in st.query_params.get_all(key) if name not in shelf]
     if lost:
-        st.warning(f"The link asks for {', '.join(lost)}, not among these models.", icon=":material/link_off:")
+        st.warning(f"The link asks for {plain(', '.join(lost))}, not among these models.", icon=":material/link_off:")
     found = st.multiselect(
         label, shelf.names, key=key, bind="query-params", help=help, max_selections=most, select_all=False,
         placeholder="Type a part of a name",
@@ -225,9 +231,9 @@ def work(title: str, function: str, *arguments: Any, of: Sequence[object], label
     known = jobs.known(key)
     if known is not None and known.state in ("failed", "cancelled"):
         if known.state == "failed":
-            st.error(f"{title}: {known.error}", icon=":material/error:")
+            st.error(plain(f"{title}: {known.error}"), icon=":material/error:")
         else:
-            st.info(f"{title} was cancelled.", icon=":material/cancel:")
+            st.info(plain(f"{title} was cancelled."), icon=":material/cancel:")
         if st.button("Try again", key=f"again-{key[:12]}{label}", icon=":material/refresh:"):
             jobs.forget(key)
             st.rerun()
@@ -262,7 +268,7 @@ def _follow(job: Job, label: str) -> None:
         if job.step:
             told += f": {job.step}" + (f", {job.done:,} of {job.total:,}" if job.total else "")
         left, right = st.columns([6, 1], vertical_alignment="bottom")
-        left.progress(job.share, text=f"{told} …" + (f" {job.word}" if job.word else ""))
+        left.progress(job.share, text=plain(f"{told} …" + (f" {job.word}" if job.word else "")))
         if right.button("Cancel", key=f"cancel-{job.key[:12]}{label}", icon=":material/cancel:"):
             here().jobs.cancel(job)
             st.rerun()
@@ -295,7 +301,7 @@ def chart(
     }  # fmt: skip
     shown = st.plotly_chart(figure, key=key or f"chart-{name}", config=config, alt=f"{caption}", **more)
     left, right = st.columns([3, 1], vertical_alignment="top")
-    left.caption(caption)
+    left.caption(plain(caption))
     with right.popover("Save", icon=":material/download:", type="tertiary", width="content"):
         download("Interactive page", lambda: figure.to_html(include_plotlyjs=True), f"{name}.html", "text/html",
                  key=f"html-{key or name}")  # fmt: skip
@@ -323,6 +329,7 @@ def need(condition: object, words: str) -> None:
 
 __all__ = [
     "PAGES", "again", "begun", "busy", "chart", "choose", "choose_many", "dark", "download", "first_steps",
-    "folder", "here", "keep_url", "kept", "link", "may_open", "need", "open_folder", "said", "shelf", "table", "title",
+    "folder", "here", "keep_url", "kept", "link", "may_open", "need", "open_folder",
+    "plain", "said", "shelf", "table", "title",
     "upload_folder", "work",
 ]  # fmt: skip
