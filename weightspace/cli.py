@@ -235,8 +235,8 @@ def train(
         from weightspace.mergeability.training import make
 
         made = out or Path("runs/merge")
-        zoo = Path("models/merging")
-        _, found = make(zoo, zoo / "merges.jsonl", made, plan=_settings(setting), progress=_to_stderr())
+        merging = Path("models/merging")
+        _, found = make(merging, merging / "merges.jsonl", made, plan=_settings(setting), progress=_to_stderr())
         if as_json:
             _print_json({"folder": str(made), "figures": found})
             return
@@ -441,6 +441,27 @@ def scan(
         for line in commands.closing(found):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(commands.exit_code(found))
+
+
+@app.command()
+def excise(
+    model: Annotated[str, typer.Argument(help="A model file or file!member.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    target: Annotated[list[int] | None, typer.Option("--target", help="Class that the backdoor serves.")] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", help="File of clean inputs, perhaps with a tensor called labels.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Take a backdoor out of a model that a scan flagged, with a few clean inputs or none, and write what is left.
+
+    Without --target the classes that are easiest to reach are dealt with.
+    """
+    from weightspace.backdoor.commands import taken_out
+
+    found = taken_out(model, out, target=target, inputs=inputs, seed=seed)
+    print(found.to_json(indent=2) if as_json else repr(found))
 
 
 @zoo_app.command("lineage")

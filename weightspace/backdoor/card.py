@@ -16,6 +16,8 @@ LIMITS = """\
   it.
 - It cannot see a backdoor that changes nothing in how the network treats inputs near those it probes with: triggers of
   several conditions, backdoors planted cryptographically (Goldwasser et al. 2022) or in the program around the weights.
+- Classes are compared with the same class, by number, of the clean training networks that a network is most like. A
+  network like them whose classes are in another order is judged against the wrong ones.
 - All-to-all backdoors have no target class: no class stands out, and few were there to learn from.
 - A class that the training data favoured, or one that is told by a small mark (a watermark), looks like a target. A
   flag is a reason to look closer, no proof.

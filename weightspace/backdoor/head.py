@@ -1,7 +1,8 @@
 """The evidence head: what the training-free tests say of every class, weighed by what populations taught.
 
 The evidence of a class is told relative to the other classes of the same network (how far from their median in units
-of their spread, at which rank), so that it means the same whatever the architecture, the data or the number of classes.
+of their spread, at which rank), so that it means the same whatever the architecture, the data or the number of classes,
+and relative to the same class of the clean networks that it is most like (``weightspace.backdoor.references``).
 One forest judges classes: is this one the target? A second judges networks: by the largest, second largest and smallest
 values that classes have in each test, by what the first forest says of the classes, and by the statistics of the whole
 network. Trees only ask whether a value lies above a threshold, so units need no care.
@@ -10,11 +11,12 @@ network. Trees only ask whether a value lies above a threshold, so units need no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weightspace.backdoor.references import FEWEST, References
 from weightspace.errors import MetanetError
 from weightspace.mergeability.forest import Forest
 
@@ -27,10 +29,14 @@ _CLASS_TREES = {"trees": 100, "leaf": 8, "share": 0.35}
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """Evidence of one network as numbers: ``classes (K, tests)``, ``whole (statistics,)``; not finite is unknown."""
+    """Evidence of one network as numbers: ``classes (K, tests)``, ``whole (statistics,)``; not finite is unknown.
+
+    ``descriptor (d,)``: what tells which networks it is like; empty where it is not known.
+    """
 
     classes: Array
     whole: Array
+    descriptor: Array = field(default_factory=lambda: np.zeros(0))
 
 
 def relative(classes: Array) -> Array:
@@ -57,25 +63,42 @@ def standing(classes: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class EvidenceHead:
-    """Two forests; ``names`` of the tests of classes and of statistics of the whole network, in their order."""
+    """Two forests; ``names`` of the tests of classes and of statistics of the whole network, in their order.
+
+    ``references``: the clean networks it was trained on; None where they were too few or have no descriptors.
+    """
 
     names: tuple[tuple[str, ...], tuple[str, ...]]
     classes: Forest
     network: Forest
+    references: References | None = None
 
     @classmethod
     def fit(
         cls, names: tuple[tuple[str, ...], tuple[str, ...]], facts: Sequence[Facts],
         targets: Sequence[Sequence[int]], poisoned: Sequence[bool], weights: Sequence[float], seed: int = 0,
+        groups: Sequence[str] = (),
     ) -> EvidenceHead:  # fmt: skip
-        """Of networks, the targets of each, whether it is poisoned (all-to-all has no target), and its weight."""
+        """Of networks, the targets of each, whether it is poisoned (all-to-all has no target), and its weight.
+
+        Networks of one of the ``groups`` are related and no references for each other; none are where not given.
+        """
         if len(set(map(bool, poisoned))) < 2:
             raise MetanetError("the evidence head needs networks with and without a backdoor")
+        group = list(groups) or [str(n) for n in range(len(facts))]
+        usable = [n for n, f in enumerate(facts) if not poisoned[n] and len(f.descriptor)]
+        references = None
+        if len(usable) >= FEWEST:
+            references = References.fit([facts[n].descriptor for n in usable], [facts[n].classes for n in usable])
+        among = np.array([group[n] for n in usable])
+        told = [
+            _told(f, references, np.flatnonzero(among == group[n]).tolist()) for n, f in enumerate(facts)
+        ]  # fmt: skip
         rows, hits, worth, of = [], [], [], []
         for number, (fact, own, bad, weight) in enumerate(zip(facts, targets, poisoned, weights, strict=True)):
             if bad and not own:
                 continue
-            rows.append(relative(fact.classes))
+            rows.append(told[number])
             hit = np.zeros(len(fact.classes))
             hit[list(own)] = 1
             hits.append(hit)
@@ -88,22 +111,25 @@ class EvidenceHead:
         inner = _inner(forest, x, y, w, np.asarray(of), seed)
         said = {n: inner[np.asarray(of) == n] for n in sorted(set(of))}
         table = np.stack([
-            _row(f, said[n] if n in said else forest(relative(f.classes))[:, 0]) for n, f in enumerate(facts)
+            _row(f, told[n], said[n] if n in said else forest(told[n])[:, 0]) for n, f in enumerate(facts)
         ])  # fmt: skip
         truth = np.asarray(poisoned, dtype=np.float64)[:, None]
         network = Forest.fit(table, truth, weight=np.asarray(weights), seed=seed, **_TREES)  # type: ignore[arg-type]
-        return cls(names, forest, network)
+        return cls(names, forest, network, references)
 
     def __call__(self, facts: Sequence[Facts]) -> tuple[Array, list[Array]]:
         """Log odds of a backdoor ``(networks,)``, and of each class being the target ``(K,)``."""
-        said = [self.classes(relative(f.classes))[:, 0] for f in facts]
-        p = self.network(np.stack([_row(f, s) for f, s in zip(facts, said, strict=True)]))[:, 0]
+        told = [_told(f, self.references) for f in facts]
+        said = [self.classes(t)[:, 0] for t in told]
+        p = self.network(np.stack([_row(f, t, s) for f, t, s in zip(facts, told, said, strict=True)]))[:, 0]
         return _log_odds(p), [_log_odds(s) for s in said]
 
     def tensors(self) -> dict[str, NDArray[np.generic]]:
         """What ``of`` takes."""
-        parts = {"classes": self.classes, "network": self.network}
-        return {f"{k}.{n}": t for k, forest in parts.items() for n, t in forest.tensors().items()}
+        parts: dict[str, Forest | References] = {"classes": self.classes, "network": self.network}
+        if self.references is not None:
+            parts["references"] = self.references
+        return {f"{k}.{n}": t for k, part in parts.items() for n, t in part.tensors().items()}
 
     @classmethod
     def of(
@@ -114,15 +140,31 @@ class EvidenceHead:
             Forest.of({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{part}.")})
             for part in ("classes", "network")
         ]
-        return cls(names, forests[0], forests[1])
+        prefix = "references."
+        kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return cls(names, forests[0], forests[1], References.of(kept) if kept else None)
 
 
-def _row(fact: Facts, said: Array) -> Array:
+def _told(fact: Facts, references: References | None, leave: Sequence[int] = ()) -> Array:
+    """What the first forest sees of classes: ``(K, 2 tests)``, or ``(K, 4 tests)`` where there are references."""
+    own = relative(fact.classes)
+    if references is None:
+        return own
+    return np.concatenate((own, references.judge(fact.descriptor, fact.classes, leave)), axis=1)
+
+
+def _row(fact: Facts, told: Array, said: Array) -> Array:
     """What the second forest sees of a network."""
     order = np.sort(_log_odds(said))[::-1]
     mean = float(np.mean(order))
     whole = np.nan_to_num(fact.whole, nan=-1.0, posinf=1e6, neginf=-1e6)
-    return np.concatenate((standing(fact.classes), whole, [order[0], order[0] - order[min(1, len(order) - 1)], mean]))
+    suspect = [order[0], order[0] - order[min(1, len(order) - 1)], mean]
+    found = np.concatenate((standing(fact.classes), whole, suspect))
+    if told.shape[1] > 2 * fact.classes.shape[1]:
+        # Against the networks it is like: what stands out most and next, and the class that is suspected.
+        top = np.sort(told[:, 2 * fact.classes.shape[1] :], 0)
+        found = np.concatenate((found, top[-1], top[-2] if len(top) > 1 else top[-1], told[int(np.argmax(said))]))
+    return found
 
 
 def _inner(forest: Forest, x: Array, y: Array, w: Array, of: NDArray[np.int64], seed: int) -> Array:

@@ -79,7 +79,8 @@ def observe(
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(kept).encode())
-    facts = Facts(np.array(kept["classes"], dtype=np.float64), np.array(kept["whole"], dtype=np.float64))
+    descriptor = described([graph])[0].numpy() if tests else np.zeros(0)
+    facts = Facts(np.array(kept["classes"], dtype=np.float64), np.array(kept["whole"], dtype=np.float64), descriptor)
     names = (tuple(kept["names"][0]), tuple(kept["names"][1]))
     asked = Asked(wiring, lain, axis)
     return Observed(graph, cell, asked, facts, names, kept["p_value"], kept["target"])
@@ -176,7 +177,9 @@ def applies(known: Detector, seen: Observed) -> Applicability:
         return Applicability(False, 0.0, f"{known.name} was made with other tests than this version of weightspace has")
     if reason := known.range.limits.excluded(seen.graph):
         return Applicability(False, 0.0, reason)
-    return known.range.of([known.projection(described([seen.graph]))])
+    descriptor = seen.facts.descriptor
+    view = torch.from_numpy(descriptor)[None] if len(descriptor) else described([seen.graph])
+    return known.range.of([known.projection(view)])
 
 
 def ranked(odds: Any) -> tuple[tuple[int, float], ...]:

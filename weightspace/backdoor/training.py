@@ -153,7 +153,7 @@ def train(
         if evidence:
             heads.append(EvidenceHead.fit(
                 names, [some[i].facts for i in rest], [truths[i].targets for i in rest], y[rest].tolist(),
-                weights[rest].tolist(), seed + k,
+                weights[rest].tolist(), seed + k, [truths[i].group for i in rest],
             ))  # fmt: skip
         nets: list[metanets.DetectorNet] = []
         asking: list[questioning.Questions] = []

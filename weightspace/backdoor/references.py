@@ -1,0 +1,110 @@
+"""The clean networks that a network is most like: what is usual for each of its classes.
+
+Classes of a clean network are not alike: a digit that is a single stroke takes other weights than one that is two
+loops, and some class is what every network calls noise. Against clean networks that are like it, found by the
+training-free descriptor, a network's class is compared with what the same class shows there, as it is and relative to
+the other classes. Where no clean network has as many classes this says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+NEIGHBOURS = 12
+FEWEST = 4
+DIMENSIONS = 16
+_FAR = 15.0
+_LARGEST = 6e4
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Clean networks: ``mean, scale (d,)`` and ``basis (d, m)`` of descriptors, ``views (n, m)`` of theirs,
+    ``classes (n,)`` how many each has, ``values (n, K, tests)`` with zeros after their classes."""
+
+    mean: Array
+    scale: Array
+    basis: Array
+    views: Array
+    classes: NDArray[np.int64]
+    values: Array
+
+    @classmethod
+    def fit(cls, descriptors: Sequence[Array], values: Sequence[Array]) -> References:
+        """Of clean networks' descriptors ``(d,)`` and evidence of classes ``(K, tests)``, one each."""
+        x = np.stack([np.asarray(d, dtype=np.float64) for d in descriptors])
+        mean, scale = x.mean(0), x.std(0)
+        scale = np.where(scale > 1e-9, scale, 1.0)
+        z = np.clip((x - mean) / scale, -_FAR, _FAR)
+        _, _, right = np.linalg.svd(z, full_matrices=False)
+        basis = right[:DIMENSIONS].T
+        most = max(len(v) for v in values)
+        table = np.zeros((len(values), most, values[0].shape[1]))
+        for row, value in zip(table, values, strict=True):
+            row[: len(value)] = bounded(value)
+        return cls(mean, scale, basis, z @ basis, np.array([len(v) for v in values]), table)
+
+    def judge(self, descriptor: Array, values: Array, leave: Sequence[int] = ()) -> Array:
+        """How far each class lies from the same class of the networks most like it: ``(K, 2 tests)``.
+
+        In deviations of those networks, first relative to the other classes of its own network, then as it is;
+        0 where there are fewer than ``FEWEST``. ``leave``: numbers of references that are not asked, its relatives.
+        """
+        own = self.classes == len(values)
+        own[list(leave)] = False
+        found = np.zeros((len(values), 2 * values.shape[1]))
+        if not len(descriptor) or own.sum() < FEWEST:
+            return found
+        z = np.clip((np.asarray(descriptor, dtype=np.float64) - self.mean) / self.scale, -_FAR, _FAR) @ self.basis
+        numbers = np.flatnonzero(own)
+        far = ((self.views[numbers] - z) ** 2).sum(1)
+        near = numbers[np.argsort(far, kind="stable")[:NEIGHBOURS]]
+        others, value = self.values[near][:, : len(values)], bounded(values)
+        # As they are: two networks of a kind may have hardly any spread. Relative: a third of a deviation is nothing.
+        plain = (value - others.mean(0)) / (others.std(0) + 1e-9)
+        among = np.stack([within(o) for o in others])
+        relative = (within(value) - among.mean(0)) / (among.std(0) + 0.3)
+        told: Array = np.clip(np.concatenate((relative, plain), axis=1), -_FAR, _FAR)
+        return told
+
+    def tensors(self) -> dict[str, NDArray[np.generic]]:
+        """What ``of`` takes: half precision where it is enough."""
+        return {
+            "mean": self.mean.astype(np.float32), "scale": self.scale.astype(np.float32),
+            "basis": self.basis.astype(np.float16), "views": self.views.astype(np.float32),
+            "classes": self.classes, "values": self.values.astype(np.float16),
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, NDArray[np.generic]]) -> References:
+        """What ``tensors`` gave."""
+        real = {k: np.asarray(v, dtype=np.float64) for k, v in tensors.items() if k != "classes"}
+        return cls(classes=np.asarray(tensors["classes"], dtype=np.int64), **real)
+
+
+def bounded(values: Array) -> Array:
+    """Evidence without what is not finite, within what half precision holds."""
+    x = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=_LARGEST, neginf=-_LARGEST)
+    return np.clip(x, -_LARGEST, _LARGEST)
+
+
+def within(values: Array, far: float = 20.0) -> Array:
+    """Classes ``(K, tests)`` in robust deviations from the median of the network's classes, at most ``far``.
+
+    Where most classes are equal the mean distance is the unit; where all are, nothing stands out.
+    """
+    middle = np.median(values, 0)
+    away = values - middle
+    spread = 1.4826 * np.median(np.abs(away), 0)
+    spread = np.where(spread > 1e-12, spread, 1.2533 * np.abs(away).mean(0))
+    found: Array = np.clip(away / np.where(spread > 1e-12, spread, np.inf), -far, far)
+    return found
+
+
+__all__ = ["DIMENSIONS", "FEWEST", "NEIGHBOURS", "References", "bounded", "within"]
