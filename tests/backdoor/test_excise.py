@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from tests.backdoor.small import TARGET, Case, trained
+from weightspace.backdoor.corruptions import FAMILIES, corrupted
 from weightspace.backdoor.excise import excise
 from weightspace.backdoor.localise import locate
 from weightspace.backdoor.running import network
 from weightspace.backdoor.unlearning import reach
 from weightspace.backdoor.verdict import Verdict
 from weightspace.checkpoint import open as open_checkpoint
+from weightspace.cli import app
 from weightspace.errors import UnprovedWiringError, WeightspaceError
 from weightspace.pretrained.applicability import Applicability
 
@@ -38,7 +42,7 @@ def test_clean_inputs_take_it_out(case: Case, labelled: bool, tmp_path: Path) ->
     path = tmp_path / "clean.safetensors"
     found = excise(
         case.tensors, wiring=case.wiring, target=TARGET, inputs=case.x[:100], out=path,
-        labels=case.y[:100] if labelled else None, rounds=12,
+        labels=case.y[:100] if labelled else None, rounds=30,
     )  # fmt: skip
     assert found.method == "unlearned"
     assert case.success(dict(found.tensors)) < 0.3
@@ -97,3 +101,38 @@ def test_what_does_not_fit_is_refused(case: Case) -> None:
         excise(case.tensors, wiring=case.wiring, labels=case.y)
     with pytest.raises(UnprovedWiringError):
         excise(case.tensors, wiring=case.wiring.with_(status="unverified"), inputs=case.x[:10])
+
+
+def test_random_changes_stay_in_range_and_differ_from_input_to_input() -> None:
+    x = torch.rand(1, 3, 12, 10).expand(40, -1, -1, -1) * 4 - 1
+    seen = corrupted(x, torch.Generator().manual_seed(0))
+    assert seen.shape == x.shape
+    assert float(seen.min()) >= float(x.min()) - 1e-5
+    assert float(seen.max()) <= float(x.max()) + 1e-5
+    assert len(torch.unique(seen.flatten(1), dim=0)) > 30
+    again = corrupted(x, torch.Generator().manual_seed(0))
+    assert torch.equal(seen, again)
+    for family in FAMILIES:
+        one = family((x[:8] + 1) / 4, torch.Generator().manual_seed(1))
+        assert one.shape == x[:8].shape
+        assert not torch.allclose(one, (x[:8] + 1) / 4)
+    rows = torch.randn(5, 7)
+    assert corrupted(rows, torch.Generator().manual_seed(0)).shape == rows.shape
+
+
+def test_the_command_writes_the_network_and_says_what_was_done(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    file, data, out = (tmp_path / f"{name}.safetensors" for name in ("model", "data", "out"))
+    save_file(module.state_dict(), file)
+    save_file({"inputs": torch.randn(20, 6), "labels": torch.randint(3, (20,))}, data)
+    given = ["excise", str(file), "--out", str(out), "--inputs", str(data), "--target", "1"]
+    found = CliRunner().invoke(app, [*given, "--json"])
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    assert (told["targets"], told["path"]) == ([1], str(out))
+    written = open_checkpoint(out)
+    assert list(written) == list(open_checkpoint(file))
+    assert set(told["changes"]) == {n for n in written if not torch.equal(written[n], module.state_dict()[n])} != set()
+    assert CliRunner().invoke(app, [*given[:-1], "9"]).exit_code
+    assert CliRunner().invoke(app, ["excise", str(tmp_path / "none"), "--out", str(out)]).exit_code

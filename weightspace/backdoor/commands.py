@@ -1,4 +1,4 @@
-"""What ``weightspace scan`` and ``weightspace train backdoor`` do: arguments to verdicts, populations to a detector."""
+"""What ``weightspace scan``, ``excise`` and ``train backdoor`` do: arguments to verdicts, models and a detector."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightspace.backdoor.shipped import CARD, Detector
 from weightspace.backdoor.verdict import LEVEL, Verdict, Verdicts, scan
 from weightspace.errors import WeightspaceError
 from weightspace.paths import write_whole
+
+if TYPE_CHECKING:
+    from weightspace.backdoor.excise import Excised
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +73,21 @@ def closing(found: Verdicts) -> list[str]:
     return lines
 
 
+def taken_out(
+    model: str, out: Path, *, target: Sequence[int] | None = None, inputs: Path | None = None, seed: int = 0
+) -> Excised:
+    """The model without its backdoor, written to ``out``; labels come from the file of inputs, where it has any.
+
+    Raises ``WeightspaceError`` for a model that is not there and for what ``excise`` refuses.
+    """
+    from weightspace.backdoor.excise import excise
+
+    if not Path(model.partition("!")[0]).is_file():
+        raise WeightspaceError(f"there is no {model}; the file of a model was expected")
+    given, labels = _inputs(inputs)
+    return excise(model, target=target or None, inputs=given, labels=labels, out=out, seed=seed)
+
+
 def _inputs(file: Path | None) -> tuple[Any, Any]:
     """The inputs in a file, and the labels where it has a tensor of this name."""
     if file is None:
@@ -114,4 +132,4 @@ def make(
     return detector
 
 
-__all__ = ["CLEAN", "FOUND", "UNSCANNED", "closing", "exit_code", "make", "run"]
+__all__ = ["CLEAN", "FOUND", "UNSCANNED", "closing", "exit_code", "make", "run", "taken_out"]

@@ -38,6 +38,8 @@ AGREEMENT = 0.9
 """Share of made-up inputs that have to be answered as before where a subspace is projected out."""
 MADE_UP = 200
 """Inputs that are made up where none are given."""
+_BRIEF = {"rounds": 24, "search": 6, "weight": 1.0, "batch": 48}
+"""What unlearning is given where random changes have no part in it: made-up inputs, and words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +145,8 @@ def excise(
         if wanted and (known or not group):
             # Where the class is a guess, the others are looked at as well, the more so the easier they are to reach.
             more = None if seen is None else seen.scores.clamp(min=0.05).square()
-            state, what = unlearn(net, state, x, y, wanted, more=more, seed=seed, **options)  # type: ignore[arg-type]
+            given: dict[str, float] = {**({} if x.is_floating_point() else _BRIEF), **options}
+            state, what = unlearn(net, state, x, y, wanted, more=more, seed=seed, **given)  # type: ignore[arg-type]
             reached, kept = (what.before, what.after), what.kept
             done.append("unlearned")
             why.append(f"with {len(x)} clean inputs")
@@ -232,7 +235,8 @@ def _without_data(
         return _projected(net, found, x, aim, float(before.rates[:, aim[0]].mean()), seed)
     y = logits(net, net.state, x).argmax(1)
     # Without real inputs less of the rest is held in place, so the network is pushed less.
-    state, what = unlearn(net, net.state, x, y, aim, seed=seed, **{"weight": 0.5, **options})  # type: ignore[arg-type]
+    less: dict[str, float] = {**_BRIEF, "weight": 0.5, "steady": 0.0, **options}
+    state, what = unlearn(net, net.state, x, y, aim, seed=seed, **less)  # type: ignore[arg-type]
     return state, aim, (what.before, what.after), what.kept, "unlearned", f"with {len(x)} made-up inputs"
 
 

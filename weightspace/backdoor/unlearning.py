@@ -1,10 +1,11 @@
 """Unlearn what leads to a class: the worst changes of the inputs are found, and the network taught to ignore them.
 
 After I-BAU (Zeng et al. 2022), which minimises over the weights the loss under the worst universal perturbation of
-clean inputs. Three things differ, so that a hundred inputs do: perturbations are sought for the classes alone that are
+clean inputs. Four things differ, so that a hundred inputs do: perturbations are sought for the classes alone that are
 easiest to reach, in several sizes and as a few entries only, for patches; they are found anew in every round in place
-of implicit gradients; and the network's own answers to the inputs, and to mixtures of them, hold the rest in place
-(distillation, Hinton et al. 2015).
+of implicit gradients; inputs changed at random (``weightspace.backdoor.corruptions``) are to be answered as they were,
+which is what takes triggers that no one perturbation stands for; and the network's own answers to the inputs, and to
+mixtures of them, hold the rest in place (distillation, Hinton et al. 2015).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightspace.backdoor.running import Net, State, logits
+from weightspace.backdoor.corruptions import FAMILIES, corrupted
+from weightspace.backdoor.running import Net, State, accuracy, logits
 from weightspace.backdoor.triggers import inverted, vocabulary
 
 PROBES = ((0.15, 1.0), (0.25, 1.0), (0.0, 0.03), (0.0, 0.08))
@@ -28,6 +30,8 @@ PROBED = 12
 """Steps of the search by which classes are compared."""
 DRAWN = 16
 """Inputs that a step of the search looks at."""
+ELSEWHERE = -1
+"""In place of a class: anywhere but to the answer as it is, which is what all-to-all attacks do."""
 
 
 STANDS_OUT = 1.5
@@ -80,14 +84,15 @@ def _squares(
     """
     low, high = float(x.min()), float(x.max())
     sides = x.shape[-2:]
-    wanted = torch.tensor(list(classes)).repeat_interleave(DRAWN)
+    said = logits(net, still, x).argmax(1)
 
     def slope(d: Tensor) -> Tensor:
-        some = x[torch.randint(len(x), (DRAWN,), generator=generator)]
+        index = torch.randint(len(x), (DRAWN,), generator=generator)
+        some = x[index]
         d = d.detach().requires_grad_(True)
         with torch.enable_grad():
             shifted = (some[None] + d[:, None]).clamp(low, high).flatten(0, 1)
-            loss = F.cross_entropy(net.outputs(still, shifted), wanted, reduction="sum")
+            loss = _away(net.outputs(still, shifted), list(classes), said[index])
         (found,) = torch.autograd.grad(loss, d)
         return found
 
@@ -105,6 +110,15 @@ def _squares(
     for _ in range(steps):
         d = (d - 0.3 * (high - low) * slope(d).sign() * mask).clamp(low - high, high - low)
     return d
+
+
+def _away(out: Tensor, classes: Sequence[int], said: Tensor) -> Tensor:
+    """What a search makes small: cross-entropy of outputs (classes · inputs, all classes) with the class wanted of
+    each run of inputs; of ``ELSEWHERE`` that with the answers ``said (inputs,)``, negated."""
+    n = len(said)
+    wanted = torch.cat([said if c == ELSEWHERE else torch.full((n,), c) for c in classes])
+    sign = torch.tensor([-1.0 if c == ELSEWHERE else 1.0 for c in classes]).repeat_interleave(n)
+    return (sign * F.cross_entropy(out, wanted, reduction="none")).sum()
 
 
 Moved = Callable[[Tensor, int, int], Tensor]
@@ -128,15 +142,17 @@ def found(
         for (size, _), k in zip(sizes, kept, strict=True)
     ]
     most = torch.tensor(norms).repeat(len(classes))[:, None]
-    wanted = torch.tensor(list(classes)).repeat_interleave(len(sizes))
+    wanted = [c for c in classes for _ in sizes]
     d = 0.1 * most / count**0.5 * torch.randn(len(wanted), count, generator=generator)
     still = {n: t.detach() for n, t in state.items()}
+    said = logits(net, still, x).argmax(1)
     for step in range(steps):
-        some = x[torch.randperm(len(x), generator=generator)[:DRAWN]]
+        index = torch.randperm(len(x), generator=generator)[:DRAWN]
+        some = x[index]
         d.requires_grad_(True)
         with torch.enable_grad():
             shifted = (some[None] + d.view(-1, 1, *x.shape[1:])).clamp(low, high).flatten(0, 1)
-            loss = F.cross_entropy(net.outputs(still, shifted), wanted.repeat_interleave(len(some)), reduction="sum")
+            loss = _away(net.outputs(still, shifted), wanted, said[index])
         (slope,) = torch.autograd.grad(loss, d)
         with torch.no_grad():
             length = 0.5 if step < steps // 2 else 0.15
@@ -198,9 +214,9 @@ class Unlearned:
 
 
 def unlearn(
-    net: Net, state: State, x: Tensor, y: Tensor, classes: Sequence[int], *, rounds: int = 24, steps: int = 5,
-    search: int = 6, rate: float = 2e-3, weight: float = 1.0, batch: int = 48, more: Tensor | None = None,
-    drawn: int = 2, seed: int = 0,
+    net: Net, state: State, x: Tensor, y: Tensor, classes: Sequence[int], *, rounds: int = 60, steps: int = 5,
+    search: int = 4, rate: float = 2e-3, weight: float = 0.5, steady: float = 1.0, batch: int = 64,
+    more: Tensor | None = None, drawn: int = 2, seed: int = 0,
 ) -> tuple[State, Unlearned]:  # fmt: skip
     """Teach the network to ignore what leads inputs ``x (n, …)`` with labels ``y`` to ``classes``.
 
@@ -208,21 +224,24 @@ def unlearn(
     they are.
 
     Each of ``rounds`` searches perturbations anew and takes ``steps`` of Adam on: the divergence from the answers that
-    the network gave at first to ``batch`` of the inputs and to mixtures of them, the labels, and ``weight`` times the
-    labels under the perturbations. ``rate`` falls to a twentieth, so that what is given up at first comes back. A
-    fifth of the inputs is held out, to tell how many answers were kept.
+    the network gave at first to ``batch`` of the inputs and to mixtures of them, the labels, ``weight`` times the
+    labels under the perturbations, and ``steady`` times those under random changes (of numbers; words have none), of
+    those families more often that make more inputs wrong.
+    ``rate`` falls to a fiftieth, so that what is given up at first comes back. A tenth of the inputs is held out, to
+    tell how many answers were kept.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
-    held, mine = (order[: len(x) // 5], order[len(x) // 5 :]) if len(x) >= 20 else (order, order)
+    held, mine = (order[: len(x) // 10], order[len(x) // 10 :]) if len(x) >= 20 else (order, order)
     first = {n: t.detach() for n, t in state.items()}
     leaves = {n: first[n].clone().requires_grad_(True) for n in net.learned}
     now: State = {**first, **leaves}
     optimiser = torch.optim.Adam(list(leaves.values()), lr=rate)
     part, wanted = x[mine], y[mine]
     every = list(classes) if more is None else list(range(len(more)))
-    elsewhere = {c: torch.nonzero(wanted != c).flatten() for c in every}
+    elsewhere = {c: torch.nonzero(wanted != c).flatten() for c in [*every, ELSEWHERE]}
     kinds = (len(SIZES) + (x.dim() == 4)) if x.is_floating_point() else 1
+    steady = steady if x.is_floating_point() else 0.0
     rates: list[float] = []
     for number in range(rounds + 1):
         still = {n: t.detach() for n, t in now.items()}
@@ -231,6 +250,7 @@ def unlearn(
             left = more.clone()
             left[now_on] = 0
             now_on += torch.multinomial(left, min(drawn, int((left > 0).sum())), generator=generator).tolist()
+            now_on += [ELSEWHERE] if x.is_floating_point() else []
         others = {c: elsewhere[c] for c in now_on if len(elsewhere[c])}
         each = max(2, batch // max(1, len(others) * kinds))
         moved = found(net, still, part, list(others), SIZES, search, generator, squares=True)
@@ -238,8 +258,9 @@ def unlearn(
             rates.append(_rate(net, still, part, wanted, list(others), moved))
         if number == rounds:
             break
+        shares = _unsteady(net, still, part, wanted, generator) if steady and x.dim() == 4 else None
         for group in optimiser.param_groups:
-            group["lr"] = rate * max(0.05, 1 - number / rounds)
+            group["lr"] = rate * max(0.02, 1 - number / rounds)
         for _ in range(steps):
             some = torch.randperm(len(part), generator=generator)[:batch]
             several = torch.cat([part[some], mixed(part[some], generator)])
@@ -250,19 +271,33 @@ def unlearn(
                     those = index[torch.randint(len(index), (each,), generator=generator)]
                     bad.append(moved(part[those], c, kind))
                     right.append(wanted[those])
+            # Drawn anew in every step: none of them is seen twice.
+            changed = [corrupted(part[some], generator, shares)] if steady else []
             with torch.enable_grad():
-                out = net.outputs(now, torch.cat([several, *bad]))
-                clean = out[: len(several)]
+                out = net.outputs(now, torch.cat([several, *changed, *bad]))
+                clean, rest = out[: len(several)], out[len(several) :]
                 loss = F.kl_div(clean.log_softmax(1), soft, reduction="batchmean")
                 loss = loss + 0.3 * F.cross_entropy(clean[: len(some)], wanted[some])
+                if changed:
+                    loss = loss + steady * F.cross_entropy(rest[: len(some)], wanted[some])
+                    rest = rest[len(some) :]
                 if bad:
-                    loss = loss + weight * F.cross_entropy(out[len(several) :], torch.cat(right))
+                    loss = loss + weight * F.cross_entropy(rest, torch.cat(right))
                 optimiser.zero_grad()
                 loss.backward()
             optimiser.step()
     final = {n: t.detach() for n, t in now.items()}
     same = logits(net, first, x[held]).argmax(1) == logits(net, final, x[held]).argmax(1)
     return final, Unlearned(rounds, rates[0], rates[-1], float(same.float().mean()))
+
+
+def _unsteady(net: Net, state: State, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Share of inputs that each family of random changes makes wrong, (families,); a twentieth at least."""
+    errors = []
+    for number in range(len(FAMILIES)):
+        alone = F.one_hot(torch.tensor(number), len(FAMILIES)).float()
+        errors.append(1 - accuracy(net, state, corrupted(x, generator, alone), y))
+    return torch.tensor(errors).clamp(min=0.05)
 
 
 def _rate(net: Net, state: State, x: Tensor, y: Tensor, classes: Sequence[int], moved: Moved) -> float:
