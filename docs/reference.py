@@ -47,7 +47,7 @@ def main() -> None:
         import pdoc
         import pdoc.render
     except ImportError:
-        raise SystemExit("the reference is written by pdoc: pip install 'weightspace[docs]'") from None
+        raise SystemExit("the reference is written by pdoc: pip install pdoc") from None
     pdoc.render.configure(docformat="markdown", show_source=False, footer_text=f"weightspace {weightspace.__version__}")
     modules = public_modules()
     with warnings.catch_warnings():
