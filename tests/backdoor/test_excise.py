@@ -42,7 +42,7 @@ def test_clean_inputs_take_it_out(case: Case, labelled: bool, tmp_path: Path) ->
     path = tmp_path / "clean.safetensors"
     found = excise(
         case.tensors, wiring=case.wiring, target=TARGET, inputs=case.x[:100], out=path,
-        labels=case.y[:100] if labelled else None, rounds=30,
+        labels=case.y[:100] if labelled else None,
     )  # fmt: skip
     assert found.method == "unlearned"
     assert case.success(dict(found.tensors)) < 0.3
@@ -64,7 +64,7 @@ def test_dtypes_are_kept(case: Case) -> None:
 
 def test_a_clean_network_does_not_suffer() -> None:
     case = trained(poisoned=False, seed=1)
-    found = excise(case.tensors, wiring=case.wiring, inputs=case.x[:100], rounds=8)
+    found = excise(case.tensors, wiring=case.wiring, inputs=case.x[:100], rounds=6)
     assert case.accuracy(dict(found.tensors)) > case.accuracy(case.tensors) - 0.03
 
 
