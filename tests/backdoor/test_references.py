@@ -97,3 +97,24 @@ def test_a_head_learns_from_them_what_it_could_not_know_otherwise() -> None:
     assert first(classes) > first(blindly) + 0.2
     again = EvidenceHead.of(NAMES, with_.tensors())
     assert np.allclose(again(asked)[0], odds, atol=0.5)
+
+
+def test_a_network_unlike_all_of_them_is_read_by_itself() -> None:
+    references = fitted()
+    rng = np.random.default_rng(4)
+    descriptor, values = clean(rng, 1)
+    assert len(references.near(descriptor, CLASSES)) > 0
+    far = descriptor + 60 * rng.normal(size=len(descriptor))
+    assert not len(references.near(far, CLASSES))
+    assert not references.judge(far, values).any()
+
+
+def test_relatives_do_not_make_the_circle_narrow() -> None:
+    """Copies of one network are no neighbours of each other, so others are not called strangers for their sake."""
+    rng = np.random.default_rng(2)
+    pairs = [clean(rng, 0) for _ in range(30)]
+    copies = [(pairs[0][0] + 1e-6 * rng.normal(size=20), pairs[0][1]) for _ in range(30)]
+    groups = [str(n) for n in range(30)] + ["0"] * 30
+    references = References.fit([d for d, _ in pairs + copies], [v for _, v in pairs + copies], groups)
+    descriptor, _ = clean(rng, 0)
+    assert len(references.near(descriptor, CLASSES, leave=range(30, 60))) > 0

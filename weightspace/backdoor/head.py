@@ -62,38 +62,18 @@ def standing(classes: Array) -> Array:
 
 
 @dataclass(frozen=True, eq=False)
-class EvidenceHead:
-    """Two forests; ``names`` of the tests of classes and of statistics of the whole network, in their order.
+class Pair:
+    """A forest that judges classes, and one that judges networks by what the first says and by their evidence."""
 
-    ``references``: the clean networks it was trained on; None where they were too few or have no descriptors.
-    """
-
-    names: tuple[tuple[str, ...], tuple[str, ...]]
     classes: Forest
     network: Forest
-    references: References | None = None
 
     @classmethod
     def fit(
-        cls, names: tuple[tuple[str, ...], tuple[str, ...]], facts: Sequence[Facts],
-        targets: Sequence[Sequence[int]], poisoned: Sequence[bool], weights: Sequence[float], seed: int = 0,
-        groups: Sequence[str] = (),
-    ) -> EvidenceHead:  # fmt: skip
-        """Of networks, the targets of each, whether it is poisoned (all-to-all has no target), and its weight.
-
-        Networks of one of the ``groups`` are related and no references for each other; none are where not given.
-        """
-        if len(set(map(bool, poisoned))) < 2:
-            raise MetanetError("the evidence head needs networks with and without a backdoor")
-        group = list(groups) or [str(n) for n in range(len(facts))]
-        usable = [n for n, f in enumerate(facts) if not poisoned[n] and len(f.descriptor)]
-        references = None
-        if len(usable) >= FEWEST:
-            references = References.fit([facts[n].descriptor for n in usable], [facts[n].classes for n in usable])
-        among = np.array([group[n] for n in usable])
-        told = [
-            _told(f, references, np.flatnonzero(among == group[n]).tolist()) for n, f in enumerate(facts)
-        ]  # fmt: skip
+        cls, facts: Sequence[Facts], told: Sequence[Array], targets: Sequence[Sequence[int]],
+        poisoned: Sequence[bool], weights: Sequence[float], seed: int,
+    ) -> Pair:  # fmt: skip
+        """Of networks: what is ``told`` of their classes ``(K, …)``, their targets, whether poisoned, their weight."""
         rows, hits, worth, of = [], [], [], []
         for number, (fact, own, bad, weight) in enumerate(zip(facts, targets, poisoned, weights, strict=True)):
             if bad and not own:
@@ -115,19 +95,71 @@ class EvidenceHead:
         ])  # fmt: skip
         truth = np.asarray(poisoned, dtype=np.float64)[:, None]
         network = Forest.fit(table, truth, weight=np.asarray(weights), seed=seed, **_TREES)  # type: ignore[arg-type]
-        return cls(names, forest, network, references)
+        return cls(forest, network)
+
+    def __call__(self, fact: Facts, told: Array) -> tuple[float, Array]:
+        """Log odds of a backdoor, and of each class being the target ``(K,)``."""
+        said = self.classes(told)[:, 0]
+        return float(_log_odds(self.network(_row(fact, told, said)[None])[:, 0])[0]), _log_odds(said)
+
+
+@dataclass(frozen=True, eq=False)
+class EvidenceHead:
+    """Two pairs of forests; ``names`` of the tests of classes and of statistics of whole networks, in their order.
+
+    ``alone`` reads a network by itself; ``beside`` reads one that is like some of the ``references``, the clean
+    networks it was trained on, with what is usual there. None where they were too few or have no descriptors.
+    """
+
+    names: tuple[tuple[str, ...], tuple[str, ...]]
+    alone: Pair
+    beside: Pair | None = None
+    references: References | None = None
+
+    @classmethod
+    def fit(
+        cls, names: tuple[tuple[str, ...], tuple[str, ...]], facts: Sequence[Facts],
+        targets: Sequence[Sequence[int]], poisoned: Sequence[bool], weights: Sequence[float], seed: int = 0,
+        groups: Sequence[str] = (),
+    ) -> EvidenceHead:  # fmt: skip
+        """Of networks, the targets of each, whether it is poisoned (all-to-all has no target), and its weight.
+
+        Networks of one of the ``groups`` are related and no references for each other; none are where not given.
+        """
+        if len(set(map(bool, poisoned))) < 2:
+            raise MetanetError("the evidence head needs networks with and without a backdoor")
+        group = list(groups) or [str(n) for n in range(len(facts))]
+        usable = [n for n, f in enumerate(facts) if not poisoned[n] and len(f.descriptor)]
+        alone = Pair.fit(facts, [relative(f.classes) for f in facts], targets, poisoned, weights, seed)
+        if len(usable) < FEWEST:
+            return cls(names, alone)
+        among = np.array([group[n] for n in usable])
+        references = References.fit(
+            [facts[n].descriptor for n in usable], [facts[n].classes for n in usable], among.tolist()
+        )
+        told = [_told(f, references, np.flatnonzero(among == group[n]).tolist()) for n, f in enumerate(facts)]
+        return cls(names, alone, Pair.fit(facts, told, targets, poisoned, weights, seed), references)
 
     def __call__(self, facts: Sequence[Facts]) -> tuple[Array, list[Array]]:
         """Log odds of a backdoor ``(networks,)``, and of each class being the target ``(K,)``."""
-        told = [_told(f, self.references) for f in facts]
-        said = [self.classes(t)[:, 0] for t in told]
-        p = self.network(np.stack([_row(f, t, s) for f, t, s in zip(facts, told, said, strict=True)]))[:, 0]
-        return _log_odds(p), [_log_odds(s) for s in said]
+        odds, classes = [], []
+        for fact in facts:
+            known = self.references
+            if self.beside is None or known is None or not len(known.near(fact.descriptor, len(fact.classes))):
+                whole, each = self.alone(fact, relative(fact.classes))
+            else:
+                whole, each = self.beside(fact, _told(fact, known))
+            odds.append(whole)
+            classes.append(each)
+        return np.array(odds), classes
 
     def tensors(self) -> dict[str, NDArray[np.generic]]:
         """What ``of`` takes."""
-        parts: dict[str, Forest | References] = {"classes": self.classes, "network": self.network}
-        if self.references is not None:
+        parts: dict[str, Forest | References] = {
+            "alone.classes": self.alone.classes, "alone.network": self.alone.network
+        }  # fmt: skip
+        if self.beside is not None and self.references is not None:
+            parts |= {"beside.classes": self.beside.classes, "beside.network": self.beside.network}
             parts["references"] = self.references
         return {f"{k}.{n}": t for k, part in parts.items() for n, t in part.tensors().items()}
 
@@ -136,13 +168,17 @@ class EvidenceHead:
         cls, names: tuple[tuple[str, ...], tuple[str, ...]], tensors: Mapping[str, NDArray[np.generic]]
     ) -> EvidenceHead:
         """What ``tensors`` gave, with the names that it is told beside."""
-        forests = [
-            Forest.of({k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{part}.")})
-            for part in ("classes", "network")
-        ]
-        prefix = "references."
-        kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return cls(names, forests[0], forests[1], References.of(kept) if kept else None)
+
+        def part(prefix: str) -> dict[str, NDArray[np.generic]]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        pairs = [
+            Pair(Forest.of(part(f"{name}.classes.")), Forest.of(part(f"{name}.network.")))
+            for name in ("alone", "beside") if part(f"{name}.classes.")
+        ]  # fmt: skip
+        if len(pairs) < 2:
+            return cls(names, pairs[0])
+        return cls(names, pairs[0], pairs[1], References.of(part("references.")))
 
 
 def _told(fact: Facts, references: References | None, leave: Sequence[int] = ()) -> Array:
@@ -185,4 +221,4 @@ def _log_odds(p: Array) -> Array:
     return found
 
 
-__all__ = ["EvidenceHead", "Facts", "relative", "standing"]
+__all__ = ["EvidenceHead", "Facts", "Pair", "relative", "standing"]
