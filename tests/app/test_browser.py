@@ -63,6 +63,11 @@ class Visitor:
         self.page.get_by_role("button", name=label, exact=True).first.click()
         self.settle()
 
+    def turn_to(self, view: str) -> None:
+        """Choose among the views of a page."""
+        self.page.get_by_test_id("stButtonGroup").get_by_text(view, exact=True).first.click()
+        self.settle()
+
     def follow(self, label: str) -> None:
         self.page.get_by_test_id("stPageLink").get_by_text(label).first.click()
         self.settle()
@@ -163,9 +168,9 @@ def test_diff_two(visitor: Visitor) -> None:
     visitor.visit("?sel=mlp-0.safetensors&sel=copy-0.safetensors")
     visitor.follow("Compare the first two")
     visitor.sees("with its neurons in another order")
-    visitor.press("Permutation")
+    visitor.turn_to("Permutation")
     visitor.sees("on the diagonal once B is aligned")
-    visitor.press("Neurons")
+    visitor.turn_to("Neurons")
     visitor.sees("How much the weights into and out of each")
     visitor.check()
 
@@ -201,9 +206,15 @@ def test_read_the_lineage(visitor: Visitor) -> None:
 
 
 def test_every_view_of_a_model_opens_by_its_link(visitor: Visitor) -> None:
-    for view in ("Card", "Graph", "Wiring", "Layers", "Channels", "Neighbours"):
+    views = {
+        "Card": "shuffling neurons along this wiring was run", "Graph": "Discs are axes",
+        "Wiring": "Tensors that share an axis are wired together", "Layers": "Singular values of",
+        "Channels": "norm of the weights that lead to each", "Neighbours": "Compare with copy-0.safetensors",
+    }  # fmt: skip
+    for view, words in views.items():
         visitor.visit(f"model?model=mlp-0.safetensors&view={view}")
-        visitor.sees("mlp-0.safetensors")
+        visitor.sees(words)
+        assert visitor.page.get_by_role("combobox", name="Model").input_value() == "mlp-0.safetensors"
     visitor.check()
 
 
