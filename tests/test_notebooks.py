@@ -16,7 +16,8 @@ def test_a_notebook_runs(name: str, tmp_path: Path) -> None:
     client, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("matplotlib")
     pytest.importorskip("ipykernel")
-    shutil.copy(NOTEBOOKS / "small.toml", tmp_path)
+    for recipe in NOTEBOOKS.glob("*.toml"):
+        shutil.copy(recipe, tmp_path)
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     kept = sum(len(cell.get("outputs", ())) for cell in notebook.cells)
     client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
