@@ -64,6 +64,9 @@ def warnings(found: Mapping[str, Verdict]) -> list[str]:
         if others:
             shown = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
             text += f", and it may lead inputs of {shown} astray (transfer)"
+        if not verdict.applicable:
+            # Seen: children that know one task of sixteen, whose other outputs were left to drift.
+            text += "; it is unlike the detector's networks, and one tuned on some of its classes stands out as well"
         out.append(f"{text}; take it out before (ws.excise), or merge by dam with inputs")
     return out
 
