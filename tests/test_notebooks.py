@@ -19,9 +19,10 @@ def test_a_notebook_runs(name: str, tmp_path: Path) -> None:
     for recipe in NOTEBOOKS.glob("*.toml"):
         shutil.copy(recipe, tmp_path)
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    kept = sum(len(cell.get("outputs", ())) for cell in notebook.cells)
+    # How a cell's text is cut into outputs depends on timing; which cells say something does not.
+    kept = [bool(cell.get("outputs")) for cell in notebook.cells]
     client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert sum(len(cell.get("outputs", ())) for cell in notebook.cells) == kept
+    assert [bool(cell.get("outputs")) for cell in notebook.cells] == kept
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))

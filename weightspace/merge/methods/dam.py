@@ -61,6 +61,8 @@ class Dam(WithData):
 
     def prepare(self, models: Models) -> Merger:
         data = entries(models)
+        for part in data:
+            _first(part)  # said before anything is run
         vectors = TaskVectors(models, data)
         names = vectors.learned
         shared = {n: torch.zeros_like(vectors.base[n]) for n in names}
