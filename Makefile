@@ -7,11 +7,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Several processes share the cores, so each of them computes on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint tests pretrain pretrain-backdoor docs wheel clean help
+.PHONY: demo test lint tests slow pretrain pretrain-backdoor docs wheel clean help
 
 help:
 	@echo "make demo   train the starter zoo, index it, show similar models and a model card"
 	@echo "make test   ruff, mypy and the tests"
+	@echo "make slow   the tests that take longer: notebooks, the explorer in a browser, large networks"
 	@echo "make pretrain  train the pretrained metanets anew, with the populations that are missing (hours)"
 	@echo "make docs   write the API reference into site/"
 	@echo "make pretrain-backdoor  train the backdoor detector anew, with its population (hours)"
@@ -39,7 +40,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 test: lint tests
 
