@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from weightspace.backdoor.references import FEWEST, References
+from weightspace.backdoor.references import FEWEST, References, deviations
 from weightspace.errors import MetanetError
 from weightspace.mergeability.forest import Forest
 
@@ -45,11 +45,7 @@ def relative(classes: Array) -> Array:
     The z is the distance from the median in units of the median distance (times 1.4826), bent to stay below 20.
     """
     x = np.nan_to_num(np.asarray(classes, dtype=np.float64), posinf=1e12, neginf=-1e12)
-    middle = np.median(x, 0)
-    spread = 1.4826 * np.median(np.abs(x - middle), 0)
-    # Where most classes are equal the mean distance is left; where all are, nothing stands out.
-    spread = np.where(spread > 1e-12, spread, 1.2533 * np.abs(x - middle).mean(0))
-    z = (x - middle) / np.where(spread > 1e-12, spread, np.inf)
+    z = deviations(x)
     above = (x[:, None] > x[None]).sum(1) + 0.5 * ((x[:, None] == x[None]).sum(1) - 1)
     found: Array = np.concatenate((_FAR * np.tanh(z / _FAR), above / max(len(x) - 1, 1)), axis=1)
     return found

@@ -18,7 +18,7 @@ from weightspace.backdoor.directions import bases, excited, touching
 from weightspace.backdoor.outputs import ClassAxis, class_axis
 from weightspace.backdoor.subnets import separation
 from weightspace.backdoor.subspace import Basis, Subspace, rank
-from weightspace.backdoor.triggers import NOISE, Run, Trigger, inverted, made_up, vocabulary
+from weightspace.backdoor.triggers import NOISE, Run, Trigger, inverted, made_up, words_of
 from weightspace.errors import UnprovedWiringError, WeightspaceError
 from weightspace.wiring.recording import select, values
 from weightspace.wiring.replay import prepared, program_of
@@ -123,7 +123,7 @@ def _search(
 ) -> tuple[Trigger, tuple[int, ...]]:
     """The trigger for the class that needs least, and the classes from the one that needs least on."""
     x = made_up(wiring, run, classes, NOISE, seed) if inputs is None else inputs
-    words = 0 if x.is_floating_point() else max(vocabulary(wiring), int(x.max()) + 1)
+    words = 0 if x.is_floating_point() else max(words_of(wiring), int(x.max()) + 1)
     order = [target] if target is not None else []
     if target is None:
         some = x[torch.linspace(0, len(x) - 1, min(SCREENED, len(x))).long()]

@@ -128,17 +128,22 @@ def bounded(values: Array) -> Array:
     return np.clip(x, -_LARGEST, _LARGEST)
 
 
-def within(values: Array, far: float = 20.0) -> Array:
-    """Classes ``(K, tests)`` in robust deviations from the median of the network's classes, at most ``far``.
+def deviations(values: Array) -> Array:
+    """Classes ``(K, tests)`` in robust deviations from the median of the network's classes.
 
     Where most classes are equal the mean distance is the unit; where all are, nothing stands out.
     """
-    middle = np.median(values, 0)
-    away = values - middle
+    away = values - np.median(values, 0)
     spread = 1.4826 * np.median(np.abs(away), 0)
     spread = np.where(spread > 1e-12, spread, 1.2533 * np.abs(away).mean(0))
-    found: Array = np.clip(away / np.where(spread > 1e-12, spread, np.inf), -far, far)
+    found: Array = away / np.where(spread > 1e-12, spread, np.inf)
     return found
 
 
-__all__ = ["DIMENSIONS", "FEWEST", "NEIGHBOURS", "References", "bounded", "within"]
+def within(values: Array, far: float = 20.0) -> Array:
+    """The same, at most ``far``."""
+    found: Array = np.clip(deviations(values), -far, far)
+    return found
+
+
+__all__ = ["DIMENSIONS", "FEWEST", "NEIGHBOURS", "References", "bounded", "deviations", "within"]

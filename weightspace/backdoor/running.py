@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
+from weightspace.backdoor.outputs import class_axis
 from weightspace.errors import UnprovedWiringError, WeightspaceError
 from weightspace.wiring.places import Place, places
 from weightspace.wiring.replay import prepared
@@ -40,22 +39,15 @@ class Net:
     learned: tuple[str, ...] = field(repr=False)
 
     def outputs(self, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Logits (n, classes) of inputs (n, …). Raises ``WeightspaceError`` where the network gives no such thing."""
+        """Logits (n, classes) of inputs (n, …), also where the network ends in a softmax.
+
+        Raises ``NoClassesError`` where its outputs share no class axis.
+        """
         program = self.wiring.program
         assert program is not None
         full = {name: state[twin] for name, twin in self.twin.items()}
-        found: Any = program.run(full, x, *program.args[1:], **dict(program.kwargs))
-        if isinstance(found, Mapping) and isinstance(found.get("logits"), Tensor):
-            found = found["logits"]
-        if not isinstance(found, Tensor):
-            found = next((t for t in tree_leaves(found) if isinstance(t, Tensor) and t.dim() == 2), None)
-        if found is None or found.dim() != 2 or len(found) != len(x):
-            shape = None if found is None else tuple(found.shape)
-            raise WeightspaceError(
-                f"the network returns {shape} for {len(x)} inputs; outputs of shape (inputs, classes) were expected"
-            )
-        logits: Tensor = found
-        return logits
+        axis = class_axis(self.wiring, full)
+        return axis.logits(program.run(full, x, *program.args[1:], **dict(program.kwargs)))
 
     def finish(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors that were given, in their dtype and order; those that did not change are the very same."""
@@ -232,4 +224,3 @@ __all__ = [
     "Net", "Site", "State", "accuracy", "fit", "logits", "network", "own_labels", "readers", "scaled", "shape_of",
     "sites", "without",
 ]  # fmt: skip
-

@@ -41,7 +41,7 @@ WHOLE = ("channel_isolation", "channel_leading", "channel_lipschitz", "gap_large
 class Observed:
     """What the heads read of a network: its graph at the canonical point, its classes' cell, it itself, evidence.
 
-    ``p_value`` and ``target`` (class) of the untrained tests.
+    ``p_value`` and ``target`` (class) of the untrained tests; ``found``: all of them, where they were made just now.
     """
 
     graph: ParameterGraph
@@ -51,6 +51,7 @@ class Observed:
     names: Names
     p_value: float
     target: int
+    found: Evidence | None = None
 
 
 def observe(
@@ -70,12 +71,14 @@ def observe(
     lain = {n: tensors[n] for n in sorted(tensors)}
     file = None if cache is None else cache / f"{_key(plain)}.json"
     kept: dict[str, Any]
+    found: Evidence | None = None
     if not tests:
         kept = {"names": [[], []], "classes": [[]] * axis.classes, "whole": [], "p_value": 1.0, "target": 0}
     elif file is not None and file.is_file():
         kept = json.loads(file.read_bytes())
     else:
-        kept = _kept(evidence(wiring, lain), separation(wiring, lain).conductance)
+        found = evidence(wiring, lain)
+        kept = _kept(found, separation(wiring, lain).conductance)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(kept).encode())
@@ -83,7 +86,7 @@ def observe(
     facts = Facts(np.array(kept["classes"], dtype=np.float64), np.array(kept["whole"], dtype=np.float64), descriptor)
     names = (tuple(kept["names"][0]), tuple(kept["names"][1]))
     asked = Asked(wiring, lain, axis)
-    return Observed(graph, cell, asked, facts, names, kept["p_value"], kept["target"])
+    return Observed(graph, cell, asked, facts, names, kept["p_value"], kept["target"], found)
 
 
 def completed(tensors: Mapping[str, Tensor], wiring: Wiring) -> dict[str, Tensor]:
@@ -146,7 +149,7 @@ def scan_one(
     if base is not None or siblings or inputs is not None:
         strong = _stronger(held, wiring, seen, base, siblings, inputs)
     right = None if inputs is None or labels is None else _accuracy(seen.asked, inputs, labels)
-    p = known.untrained(seen.p_value) if null is None else null.judge(evidence(wiring, held)).p_value
+    p = known.untrained(seen.p_value) if null is None else null.judge(seen.found or evidence(wiring, held)).p_value
     if strong is not None:
         # The better of two tests, paid for (Bonferroni).
         p = min(1.0, 2 * min(p, strong.p_value))

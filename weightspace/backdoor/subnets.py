@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from weightspace.graph.layout import Cell, Structure, structure
+from weightspace.backdoor.outputs import parts_of
+from weightspace.graph.layout import Cell
 from weightspace.wiring.wiring import Wiring
 
 APART = 0.5
@@ -132,7 +133,7 @@ def shares_of(wiring: Wiring, tensors: Mapping[str, Tensor], starts: Mapping[str
 
     The energy of a link over the geometric mean of that of all links of its two ends in this block.
     """
-    lain = structure_of(wiring)
+    lain = parts_of(wiring)
     found = []
     for block in lain.blocks:
         if wiring.roles.get(block.tensor, "weight") not in ("weight", "lookup") or block.tensor not in tensors:
@@ -153,15 +154,6 @@ def shares_of(wiring: Wiring, tensors: Mapping[str, Tensor], starts: Mapping[str
         across = whole.sum(0) + SMALL * total / len(c)
         found.append(Share(block.label, r, c, whole / (down[:, None] * across[None]).sqrt()))
     return found
-
-
-def structure_of(wiring: Wiring) -> Structure:
-    """The nodes and blocks of a wiring; kept on it."""
-    key = "backdoor structure"
-    known = wiring.shared.get(key)
-    if not isinstance(known, Structure):
-        wiring.shared[key] = known = structure(wiring, list(wiring))
-    return known
 
 
 def _units(cell: Cell, starts: Mapping[str, int]) -> Tensor | None:
@@ -217,4 +209,4 @@ def _joined(shares: list[Share], owner: Tensor, factors: int, total: int) -> lis
     return found
 
 
-__all__ = ["APART", "Separation", "Share", "conductance", "numbered", "separation", "shares_of", "structure_of"]
+__all__ = ["APART", "Separation", "Share", "conductance", "numbered", "separation", "shares_of"]

@@ -22,9 +22,8 @@ TOKEN_TESTS = ("word_rise", "word_gap", "word_least", "word_outlier")
 
 
 def vocabulary(wiring: Wiring) -> int:
-    """Number of words that a network of tokens reads: rows of its largest table; 0 where there is none."""
-    tables = [n for n, role in wiring.roles.items() if role == "lookup"]
-    return max((wiring.shapes[n][0] for n in tables), default=0)
+    """Number of words that a network of tokens reads: rows of the first table it looks up in; 0 without any."""
+    return next((wiring.shapes[n][0] for n, role in wiring.roles.items() if role == "lookup"), 0)
 
 
 def explore_words(

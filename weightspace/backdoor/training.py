@@ -1,6 +1,6 @@
 """Training the detector on populations of clean and poisoned networks.
 
-Both heads are trained several times, each time without one part of the networks (families stay whole), and asked about
+All heads are trained several times, each time without one part of the networks (families stay whole), and asked about
 that part: on these out-of-fold answers the heads are stacked, the probability calibrated and the threshold set. What is
 kept of a head is the average of its trainings, so no network is spent on calibration alone.
 """
@@ -138,9 +138,7 @@ def train(
     y = np.array([t.poisoned for t in truths])
     part = folds([t.group for t in truths], y, parts, seed)
     weights = balance(truths)
-    answers = [
-        metanets.answer(t.attack, t.targets, len(e.facts.classes)) for t, e in zip(truths, some, strict=True)
-    ]
+    answers = [metanets.answer(t.attack, t.targets, len(e.facts.classes)) for t, e in zip(truths, some, strict=True)]
     odds = np.zeros((len(some), len(HEADS)))
     classes = [np.zeros((len(HEADS), len(e.facts.classes))) for e in some]
     template = metanets.DetectorNet(**(config or {}))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weightspace.backdoor.tokens import vocabulary
 from weightspace.errors import WeightspaceError
 from weightspace.wiring.replay import program_of
 from weightspace.wiring.wiring import Wiring
@@ -61,7 +62,7 @@ def made_up(wiring: Wiring, run: Run, classes: int, count: int = NOISE, seed: in
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(example.shape[1:])
     if not example.is_floating_point():
-        return torch.randint(1, vocabulary(wiring), (count, *shape), generator=generator)
+        return torch.randint(1, words_of(wiring), (count, *shape), generator=generator)
     each = max(1, count // classes)
     wanted = torch.arange(classes).repeat_interleave(each)
     image = len(shape) == 3
@@ -82,12 +83,11 @@ def made_up(wiring: Wiring, run: Run, classes: int, count: int = NOISE, seed: in
     return x.detach()
 
 
-def vocabulary(wiring: Wiring) -> int:
-    """How many words a network knows: the rows of the first table that it looks words up in."""
-    for name, role in wiring.roles.items():
-        if role == "lookup" and len(wiring.shapes[name]) == 2:
-            return int(wiring.shapes[name][0])
-    raise WeightspaceError(f"the network ({wiring.origin}) takes whole numbers and looks nothing up; give inputs")
+def words_of(wiring: Wiring) -> int:
+    """How many words a network knows. Raises ``WeightspaceError`` for one that looks none up."""
+    if not (words := vocabulary(wiring)):
+        raise WeightspaceError(f"the network ({wiring.origin}) takes whole numbers and looks nothing up; give inputs")
+    return words
 
 
 def inverted(run: Run, x: Tensor, targets: list[int], *, words: int = 0, steps: int = STEPS,
@@ -161,4 +161,4 @@ def _searched(run: Run, x: Tensor, target: int, words: int, seed: int) -> Trigge
                    float((out.argmax(1) == target).float().mean()))  # fmt: skip
 
 
-__all__ = ["NOISE", "STEPS", "Trigger", "inverted", "made_up", "vocabulary"]
+__all__ = ["NOISE", "STEPS", "Trigger", "inverted", "made_up", "words_of"]

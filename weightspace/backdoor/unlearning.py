@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from weightspace.backdoor.corruptions import FAMILIES, corrupted
 from weightspace.backdoor.running import Net, State, accuracy, logits
-from weightspace.backdoor.triggers import inverted, vocabulary
+from weightspace.backdoor.triggers import inverted, words_of
 
 PROBES = ((0.15, 1.0), (0.25, 1.0), (0.0, 0.03), (0.0, 0.08))
 """Perturbations by which classes are compared: (root mean square in deviations of the inputs, share of the entries
@@ -186,7 +186,7 @@ def _words(
         others = x[out != c]
         seed = int(torch.randint(2**31, (), generator=generator))
         (trigger,) = inverted(
-            lambda z: net.outputs(still, z), others if len(others) else x, [c], words=vocabulary(net.wiring), seed=seed
+            lambda z: net.outputs(still, z), others if len(others) else x, [c], words=words_of(net.wiring), seed=seed
         )  # fmt: skip
         changed = (trigger.before != trigger.after).any(0).nonzero().flatten()
         runs[c] = trigger.after[0, : int(changed.max()) + 1] if len(changed) else trigger.after[0, :1]
