@@ -16,13 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from weightspace.errors import MetanetError, WeightspaceError, ZooError
+from weightspace.terminal import (
+    as_table,
+    open_console,
+    print_json,
+    show_built,
+    show_card,
+    show_neighbours,
+    show_report,
+    to_stderr,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from weightspace.card import Card
-    from weightspace.zoo import IndexReport, Neighbour, Zoo
-    from weightspace.zoo.populations import Built
+    from weightspace.zoo import Zoo
 
 app = typer.Typer(
     name="weightspace",
@@ -71,9 +77,9 @@ def index(
 
     report = Zoo(folder).index(jobs=jobs, force=force, progress=sys.stderr.isatty())
     if as_json:
-        _print_json({**asdict(report), "index": str(report.index)})
+        print_json({**asdict(report), "index": str(report.index)})
     else:
-        _show_report(report)
+        show_report(report)
     if report.failures:
         raise typer.Exit(2)
 
@@ -94,14 +100,11 @@ def similar(
     found = _zoo_of(file, zoo)
     neighbours = found.similar(file, k, by)
     if as_json:
-        _print_json(
-            [
-                {"name": n.name, "distance": n.distance, "measure": n.measure, "path": str(n.path)}
-                for n in neighbours
-            ]
+        print_json(
+            [{"name": n.name, "distance": n.distance, "measure": n.measure, "path": str(n.path)} for n in neighbours]
         )
     else:
-        _show_neighbours(file, neighbours)
+        show_neighbours(file, neighbours)
 
 
 @app.command()
@@ -114,10 +117,10 @@ def inspect(
 
     cards = [card.inspect(checkpoint, name) for checkpoint, name in _open_all(file)]
     if as_json:
-        _print_json([c.to_dict() for c in cards] if len(cards) > 1 else cards[0].to_dict())
+        print_json([c.to_dict() for c in cards] if len(cards) > 1 else cards[0].to_dict())
         return
     for one in cards:
-        _show_card(one)
+        show_card(one)
 
 
 @app.command()
@@ -133,7 +136,7 @@ def graph(
     if len(models) > 1:
         raise ZooError(f"{file} holds {len(models)} models; name one of them, such as {models[0][1]!r}")
     parameter_graph(models[0][0]).save(out, format=form)
-    _console().print(f"wrote {out} ({out.stat().st_size:,} bytes)")
+    open_console().print(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 
 @zoo_app.command("build")
@@ -161,15 +164,15 @@ def zoo_build(
 
         device = usable(device)
         workers = 1 if device != "cpu" else jobs or os.cpu_count() or 1
-        _show_built(
+        show_built(
             build_sampled(loaded, folder, jobs=workers, device=device, data=data, progress=sys.stderr.isatty()), folder
         )
     else:
         from weightspace.zoo.train import build_zoo
 
         files = build_zoo(loaded, folder, progress=sys.stderr.isatty(), data=data)
-        _console().print(f"{len(files)} networks in {folder}")
-    _show_report(Zoo(folder).index(jobs=jobs, progress=sys.stderr.isatty()))
+        open_console().print(f"{len(files)} networks in {folder}")
+    show_report(Zoo(folder).index(jobs=jobs, progress=sys.stderr.isatty()))
 
 
 @app.command()
@@ -222,33 +225,33 @@ def train(
 
         made = out or Path("runs/backdoor")
         detector = make_detector(
-            zoo or [Path("models/backdoors")], made, cache=Path("runs/backdoor-evidence"), progress=_to_stderr(),
+            zoo or [Path("models/backdoors")], made, cache=Path("runs/backdoor-evidence"), progress=to_stderr(),
             seed=seed, **_settings(setting),
         )  # fmt: skip
         if as_json:
-            _print_json({"folder": str(made), "figures": dict(detector.figures)})
+            print_json({"folder": str(made), "figures": dict(detector.figures)})
             return
         shown = [(k, f"{v:.3f}" if isinstance(v, float) else str(v)) for k, v in detector.figures.items()]
-        _console().print(_table(f"networks held out with their ancestry; {made}", ("figure", "value"), shown))
+        open_console().print(as_table(f"networks held out with their ancestry; {made}", ("figure", "value"), shown))
         return
     if source == "merge":
         from weightspace.mergeability.training import make
 
         made = out or Path("runs/merge")
         merging = Path("models/merging")
-        _, found = make(merging, merging / "merges.jsonl", made, plan=_settings(setting), progress=_to_stderr())
+        _, found = make(merging, merging / "merges.jsonl", made, plan=_settings(setting), progress=to_stderr())
         if as_json:
-            _print_json({"folder": str(made), "figures": found})
+            print_json({"folder": str(made), "figures": found})
             return
         names = ("estimator", "method", "merges", "spearman", "within", "error", "coverage")
         lines = [tuple(f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names) for r in found]
-        _console().print(_table(f"merges held out with all of their tasks; the model is in {made}", names, lines))
+        open_console().print(as_table(f"merges held out with all of their tasks; the model is in {made}", names, lines))
         return
     from weightspace.metanets.commands import train_on
 
     rows, trained, folder = train_on(
         source, task, metanet={"kind": metanet, **_settings(option)}, augmentation=_settings(augment),
-        where=_settings(where), out=out, seed=seed, split_by=split_by, fresh=fresh, progress=_to_stderr(),
+        where=_settings(where), out=out, seed=seed, split_by=split_by, fresh=fresh, progress=to_stderr(),
         plan={
             "epochs": epochs, "batch": batch, "learning_rate": learning_rate, "patience": patience, "device": device,
             **_settings(setting),
@@ -256,13 +259,13 @@ def train(
     )  # fmt: skip
     if as_json:
         figures = {row.name: {k: asdict(v) for k, v in row.figures.items()} for row in rows}
-        _print_json({"folder": str(folder), "figures": figures, "history": trained.history})
+        print_json({"folder": str(folder), "figures": figures, "history": trained.history})
         return
-    console = _console()
+    console = open_console()
     console.print(f"{trained!r} in {folder}", highlight=False, markup=False)
     columns = ("", *rows[0].figures)
     cells = [(row.name, *(str(row.figures.get(name, "")) for name in columns[1:])) for row in rows]
-    console.print(_table(f"{task} of held-out networks, with 95 % intervals", columns, cells))
+    console.print(as_table(f"{task} of held-out networks, with 95 % intervals", columns, cells))
 
 
 @app.command()
@@ -294,14 +297,14 @@ def merge(
     merged = run(
         inputs, method=method, base=base, out=out, weights=weight, exclude=exclude or (), dtype=dtype,
         max_shard_size=max_shard_size, seed=seed, hyper=hyper or (), align=align, repair=repair, data=data or (),
-        unverified=unverified, progress=_to_stderr(),
+        unverified=unverified, progress=to_stderr(),
     )  # fmt: skip
     if as_json:
-        _print_json({"path": str(merged.path), **json.loads(merged.report.to_json())})
+        print_json({"path": str(merged.path), **json.loads(merged.report.to_json())})
         return
     for row in merged.report if verbose else ():
-        _console().print(str(row), highlight=False, markup=False)
-    _console().print(f"{merged.path}: {merged.report}", highlight=False, markup=False)
+        open_console().print(str(row), highlight=False, markup=False)
+    open_console().print(f"{merged.path}: {merged.report}", highlight=False, markup=False)
 
 
 @app.command()
@@ -323,11 +326,11 @@ def align(
         a, b, out, method=method, seed=seed, unverified=unverified, inputs=inputs, options=_settings(option)
     )
     if as_json:
-        _print_json({**found.to_dict(), "out": None if out is None else str(out)})
+        print_json({**found.to_dict(), "out": None if out is None else str(out)})
         return
-    console = _console()
+    console = open_console()
     title = f"{method}: weight cosine {found.before:.4f} → {found.objective:.4f}, {found.diagnostics['seconds']:.2f} s"
-    console.print(_table(title, ("axis", "size", "over", "moved"), rows(found)))
+    console.print(as_table(title, ("axis", "size", "over", "moved"), rows(found)))
     if out is not None:
         console.print(f"wrote {out} ({out.stat().st_size:,} bytes)", highlight=False, markup=False)
 
@@ -374,12 +377,12 @@ def score(
         raise MetanetError(f"--least {least:g} was given, a share between 0 and 1 was expected, such as 0.9")
     report = commands.run(
         models, base=base, methods=method or (), known=known or (), zoo=zoo, inputs=inputs, checks=not no_checks,
-        prior=prior, undone=undone, scan=not no_scan, progress=_to_stderr(),
+        prior=prior, undone=undone, scan=not no_scan, progress=to_stderr(),
     )  # fmt: skip
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        console = _console()
+        console = open_console()
 
         def say(line: str) -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -389,7 +392,7 @@ def score(
             say(line)
         for table in commands.tables(report, top, least, blocks):
             console.print()
-            console.print(_table(table.title, table.columns, table.rows))
+            console.print(as_table(table.title, table.columns, table.rows))
         if undone is not None:
             say(f"{len(report.undone)} undone copies written to {undone}")
         for line in commands.closing(report, models, base, undone):
@@ -433,11 +436,11 @@ def scan(
         if found:
             print(dumps(found))
     else:
-        console = _console()
+        console = open_console()
         if len(found) == 1:
             console.print(repr(found[0]), highlight=False, markup=False, soft_wrap=True)
         else:
-            console.print(_table(summary(found), COLUMNS, [row(v) for v in found]))
+            console.print(as_table(summary(found), COLUMNS, [row(v) for v in found]))
         for line in commands.closing(found):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(commands.exit_code(found))
@@ -479,16 +482,19 @@ def zoo_lineage(
 
     found = run(folder, out, moved, progress=sys.stderr.isatty())
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
         return
-    console = _console()
+    console = open_console()
     if table:
         columns = ("parent", "child", "kind", "share", "confidence", "direction", "why")
         rows = [
-            (e.parent, e.child, e.kind, f"{e.share:.2f}", f"{e.confidence:.2f}", f"{e.direction:.2f}", e.why)
+            (
+                e.parent, e.child, e.kind, f"{e.share:.2f}", f"{e.confidence:.2f}",
+                "undecided" if e.undecided else f"{e.direction:.2f}", e.why,
+            )
             for e in found.edges
         ]
-        console.print(_table(f"{len(found.edges)} edges", columns, rows))
+        console.print(as_table(f"{len(found.edges)} edges", columns, rows))
     for line in lines(found, tree=not table):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -520,9 +526,9 @@ def zoo_record(
         models, method, outcome, retained=retained or (), merged=merged or (), alone=alone or (), zoo=zoo, base=base
     )
     if as_json:
-        _print_json({**kept.to_row(), "file": str(path)})
+        print_json({**kept.to_row(), "file": str(path)})
         return
-    _console().print(
+    open_console().print(
         f"{' + '.join(kept.models)} by {kept.method}: {kept.outcome:.4g}, kept in {path}", highlight=False, markup=False
     )
 
@@ -555,20 +561,20 @@ def _demo(folder: Path, jobs: int | None) -> None:
     from weightspace.zoo import Zoo
     from weightspace.zoo.train import build_zoo
 
-    console = _console()
+    console = open_console()
     console.rule("1. train the starter zoo")
     started = time.perf_counter()
     files = build_zoo("starter", folder, progress=sys.stderr.isatty())
     console.print(f"{len(files)} networks in {folder}, {time.perf_counter() - started:.0f} s")
     console.rule("2. index it: open, wire, prove, describe")
     zoo = Zoo(folder)
-    _show_report(zoo.index(jobs=jobs, progress=sys.stderr.isatty()))
+    show_report(zoo.index(jobs=jobs, progress=sys.stderr.isatty()))
     console.rule("3. what is similar to a permuted copy?")
     copy = next(file for file in files if file.name.startswith("cnn-16-permuted"))
-    _show_neighbours(copy.name, zoo.similar(copy, k=6))
+    show_neighbours(copy.name, zoo.similar(copy, k=6))
     console.rule("4. the card of its nearest neighbour")
     nearest = zoo.similar(copy, k=1)[0]
-    _show_card(card.inspect(checkpoint.open(nearest.path), nearest.name))
+    show_card(card.inspect(checkpoint.open(nearest.path), nearest.name))
 
 
 @contextmanager
@@ -617,137 +623,6 @@ def _settings(pairs: list[str] | None) -> dict[str, Any]:
         except ValueError:
             found[name.strip()] = text
     return found
-
-
-def _to_stderr() -> bool:
-    """Whether there is a terminal for bars; where there is none, the library's log goes to standard error."""
-    import logging
-
-    if sys.stderr.isatty():
-        return True
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("weightspace")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    return False
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Piped output keeps whole lines: a table cut at 80 columns is of no use to grep.
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
-
-
-def _show_report(report: IndexReport) -> None:
-    from rich.markup import escape
-
-    console = _console()
-    console.print(
-        f"{report.models} models in the index; this run: {report.described} files described, "
-        f"{report.unchanged} unchanged, {report.removed} removed, {len(report.ignored)} no checkpoints, "
-        f"{len(report.failures)} failed; {report.seconds:.1f} s"
-    )
-    console.print(f"{report.inside} models inside the range of the pretrained encoder, the others by descriptor alone")
-    console.print(f"index: {escape(str(report.index))}")
-    if report.failures:
-        console.print(_table("could not be read", ("file", "reason"), report.failures))
-
-
-def _show_built(built: Built, folder: Path) -> None:
-    console = _console()
-    console.print(
-        f"{len(built.files)} networks in {folder}; {built.trained} trained in {built.seconds:.0f} s "
-        f"({built.rate:.2f} a second), {built.diverged} diverged, {len(built.failures)} runs failed"
-    )
-    rows = [
-        (name, str(number), " to ".join(f"{x:.4f}" for x in built.scores[name]) if name in built.scores else "")
-        for name, number in built.counts.items()
-    ]
-    console.print(_table("populations", ("population", "networks", "test accuracy (siren: loss)"), rows))
-    if built.failures:
-        console.print(_table("could not be trained", ("run", "reason"), built.failures))
-
-
-def _show_neighbours(query: str, neighbours: list[Neighbour]) -> None:
-    rows = []
-    for neighbour in neighbours:
-        card = neighbour.card
-        record = card.get("record") or {}
-        relation = record.get("relation", "")
-        if record.get("parent"):
-            preposition = "from" if relation == "fine-tuned" else "of"
-            relation = f"{relation} {preposition} {record['parent']}"
-        rows.append(
-            (
-                f"{neighbour.distance:.6f}",
-                neighbour.measure,
-                neighbour.name,
-                str(card["architecture"]),
-                f"{card['parameters']:,}",
-                str(card["wiring"]),
-                relation,
-            )
-        )
-    columns = ("distance", "by", "model", "architecture", "parameters", "wiring", "record")
-    _console().print(_table(f"nearest to {query}", columns, rows))
-
-
-def _show_card(card: Card) -> None:
-    from rich.markup import escape
-
-    console = _console()
-    facts = [
-        ("format", card.format),
-        ("architecture", card.architecture),
-        ("recognised by", card.recognised),
-        ("parameters", f"{card.parameters:,} in {card.tensors} tensors ({', '.join(card.dtypes)})"),
-        ("bytes", f"{card.bytes:,}"),
-        ("wiring", card.wiring),
-    ]
-    if card.proof:
-        facts.append(("proof", card.proof))
-    if card.movable is not None:
-        facts.append(("movable", f"{card.movable:.1%} of the parameters lie on an axis that may be permuted"))
-    facts.extend(("note", note) for note in card.notes)
-    facts.extend(("finding", finding) for finding in card.findings)
-    for key in (
-        "recipe",
-        "relation",
-        "parent",
-        "task",
-        "seed",
-        "train_accuracy",
-        "test_accuracy",
-        "test_loss",
-    ):
-        value = card.record.get(key)
-        if value is not None:
-            facts.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)))
-    console.print(_table(escape(card.name), ("", ""), facts))
-    if card.axes:
-        shown = [axis for axis in card.axes if axis.detail != "kernel positions" and axis.size > 1]
-        rows = [(axis.name, f"{axis.size:,}", axis.kind, str(axis.tensors), axis.detail) for axis in shown]
-        console.print(_table("axes", ("axis", "size", "kind", "tensors", "made of / why pinned"), rows))
-        if len(card.axes) > len(shown):
-            console.print(f"and {len(card.axes) - len(shown)} axes of kernel positions or of size 1")
-
-
-def _table(title: str, columns: tuple[str, ...], rows: Any) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left", show_header=any(columns), header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    return table
 
 
 if __name__ == "__main__":
