@@ -48,7 +48,7 @@ def details(found: Mapping[str, Any], name: str) -> None:
         share = "" if edge["share"] > 0.999 else f", {edge['share']:.0%} of it"
         st.markdown(f"From **{ui.plain(edge['parent'])}**{share}: {ui.plain(edge['detail'])}, sure "
                     f"{edge['confidence']:.0%}, direction "
-                    f"{edge['direction']:.0%}. {ui.plain(edge['why'])}")  # fmt: skip
+                    f"{descent.direction(edge)}. {ui.plain(edge['why'])}")  # fmt: skip
     if not above:
         st.markdown("No parent of it is in this zoo.")
     if below:

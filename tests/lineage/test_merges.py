@@ -96,7 +96,58 @@ def test_quantised_copies_are_recognised(levels: int) -> None:
 
 def test_equal_networks_are_copies_whose_direction_is_not_claimed() -> None:
     found = edges_into("z", dict(family()["right"]))
-    assert {p: (e.kind, e.direction) for p, e in found.items()} == {"right": ("copy", 0.5)}
+    assert {p: (e.kind, e.direction, e.undecided) for p, e in found.items()} == {"right": ("copy", 0.5, True)}
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(("said", "parent", "child"), [(None, "a", "right"), ("right", "right", "a")])
+def test_equal_networks_stand_in_the_order_of_their_records(
+    permuted: bool, said: str | None, parent: str, child: str
+) -> None:
+    nets = family()
+    copy = dict(nets["right"])
+    if permuted:
+        module, inputs = module_of(NETWORK)
+        wiring = ws.wiring(module, *inputs)
+        copy = dict(wiring.apply(wiring.random(3), copy))
+    models = {"a": model(copy)} | {n: model(t) for n, t in nets.items()}
+    # The permuted copy comes first, and another file takes it for its parent: neither is held against anybody.
+    records = {"right": {"parent": "root"}, "below": {"parent": "left"}, "a": {} if said is None else {"parent": said}}
+    found = trace(models, moved=4 if permuted else 0, records=records)
+    (edge,) = [e for e in found.edges if {e.parent, e.child} == {"a", "right"}]
+    assert (edge.parent, edge.child, edge.undecided, edge.direction) == (parent, child, True, 0.5)
+    assert edge.kind == ("moved copy" if permuted else "copy")
+    assert edge.recorded == ("" if said is None else "agrees")
+    assert found.disagreements == ()
+    assert "direction undecided" in found.tree()
+
+
+def test_a_file_that_names_a_copy_of_its_parent_does_not_disagree() -> None:
+    nets = family()
+    models = {n: model(t) for n, t in nets.items()} | {"z": model(nets["left"])}
+    found = trace(models, moved=0, records={"below": {"parent": "z"}, "right": {"parent": "left"}})
+    assert [(e.parent, e.recorded) for e in found.parents("below")] == [("left", "agrees")]
+    assert [d.split(" says")[0] for d in found.disagreements] == ["right"]
+
+
+def test_what_symmetries_leave_in_the_last_digits_is_no_difference() -> None:
+    nets = family()
+    scale = torch.linspace(0.1, 7, 48)
+    scaled = dict(nets["left"])
+    for n in ("hidden.0.weight", "hidden.0.bias"):
+        t = scaled[n]
+        s = scale.reshape(-1, *[1] * (t.dim() - 1))
+        scaled[n] = (t * s) / s
+    assert not torch.equal(scaled["hidden.0.weight"], nets["left"]["hidden.0.weight"])
+    found = edges_into("z", scaled)
+    assert {p: (e.kind, e.undecided) for p, e in found.items()} == {"left": ("copy", True)}
+
+
+def test_float32_of_a_finer_network_is_its_child() -> None:
+    fine = {n: t.double() * (1 + 1e-9 * torch.randn(t.shape, dtype=torch.float64)) for n, t in family()["left"].items()}
+    models = {"a": model({n: t.float() for n, t in fine.items()}), "b": model(fine), "root": model(family()["root"])}
+    (edge,) = trace(models, moved=0).parents("a")
+    assert (edge.parent, edge.kind, edge.undecided) == ("b", "converted", False)
 
 
 def test_a_copy_under_other_names_is_found() -> None:

@@ -27,7 +27,8 @@ def edge_table(found: Mapping[str, Any]) -> pd.DataFrame:
     """A row per edge, what disagrees with a record first."""
     import pandas as pd
 
-    columns = ["child", "parent", "kind", "share", "confidence", "direction", "distance", "recorded", "why"]
+    columns = ["child", "parent", "kind", "share", "confidence", "direction", "undecided", "distance", "recorded"]
+    columns.append("why")
     rows = [{c: e[c] for c in columns} for e in found["edges"]]
     frame = pd.DataFrame(rows, columns=columns)
     order = frame["recorded"].map({"disagrees": 0}).fillna(1)
@@ -138,10 +139,15 @@ def draw(found: Mapping[str, Any], chosen: Sequence[str] = (), dark: bool = Fals
     return made
 
 
+def direction(edge: Mapping[str, Any]) -> str:
+    """How sure an edge's direction is, in words."""
+    return "undecided: equal weights have none" if edge.get("undecided") else f"{edge['direction']:.0%}"
+
+
 def _told(edge: Mapping[str, Any]) -> str:
     share = "" if edge["share"] > 0.999 else f" ({edge['share']:.0%})"
-    sure = f"sure {edge['confidence']:.0%}, direction {edge['direction']:.0%}"
+    sure = f"sure {edge['confidence']:.0%}, direction {direction(edge)}"
     return f"{edge['kind']} of {edge['parent']}{share}: {sure}"
 
 
-__all__ = ["draw", "edge_table", "places", "trace"]
+__all__ = ["direction", "draw", "edge_table", "places", "trace"]

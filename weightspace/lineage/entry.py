@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightspace.errors import WeightspaceError
+from weightspace.lineage.copies import Told, original
 from weightspace.lineage.kin import Kin, Part
 from weightspace.lineage.lineage import Edge, Lineage
-from weightspace.lineage.records import Claim, claims, resolved
+from weightspace.lineage.records import against, claims, named, resolved
 from weightspace.lineage.sample import Array, compared, signature
 from weightspace.progress import bar
 
@@ -43,13 +44,14 @@ def trace(
     groups = _groups(models, left)
     said = [c for n, m in models.items() for c in claims(n, m, None if records is None else records.get(n, {}))]
     said = resolved(said, models)
+    told = named(said)
     parts: list[Part] = []
     notes: list[str] = []
     with bar("lineage", len(models), progress) as advance:
         for members in groups.values():
             if len(members) > 1:
                 chosen = {n: models[n] for n in members}
-                kin = Kin(chosen, _wiring(chosen, notes), descriptors, moved, seed, advance)
+                kin = Kin(chosen, _wiring(chosen, notes), descriptors, moved, seed, advance, told)
                 parts.extend(kin.parts())
                 left |= kin.left
                 notes.extend(kin.notes)
@@ -57,10 +59,10 @@ def trace(
                 advance(members[0])
     edges = [e for p in parts for e in p.edges]
     families = [p.members for p in parts]
-    edges, families = _across(models, groups, edges, families)
+    edges, families = _across(models, groups, edges, families, told)
     within = {m for f in families for m in f}
     families += [(m,) for m in models if m not in within and m not in left]
-    edges, disagreements = _held_against(edges, said, families, left)
+    edges, disagreements = against(edges, said, families, left)
     order = {m: i for i, m in enumerate(models)}
     edges.sort(key=lambda e: (order[e.parent], order[e.child]))
     families.sort(key=lambda f: (-len(f), order[f[0]]))
@@ -111,22 +113,29 @@ def _wiring(models: Mapping[str, Checkpoint], notes: list[str]) -> Wiring | None
 
 def _across(
     models: Mapping[str, Checkpoint], groups: Mapping[str, Sequence[str]], edges: list[Edge],
-    families: list[tuple[str, ...]],
+    families: list[tuple[str, ...]], told: Told,
 ) -> tuple[list[Edge], list[tuple[str, ...]]]:  # fmt: skip
     """Add copies in other formats, whose tensors have other names or shapes, and join the families they connect."""
     from weightspace.lineage.formats import same_values
 
-    found = same_values(models, [list(g) for g in groups.values()])
-    children = {e.child for e in edges}
-    for parent, child, kind, detail in found:
-        if child in children:
-            if parent in children:
-                continue
-            parent, child = child, parent
-        children.add(child)
+    for parent, child, kind, detail in same_values(models, [list(g) for g in groups.values()]):
+        undecided = kind == "copy"
         why = f"the same values under other names: {detail}"
-        direction = 0.5 if kind == "copy" else 0.95
-        edges.append(Edge(parent, child, kind, detail, 1.0, 0.99, direction, 0.0, 0.0, -300.0, why))
+        if undecided:
+            first, recorded = original((parent, child), told)
+            children = {e.child for e in edges}
+            # Without a record the one that has a parent already stays below it.
+            turned = first == 1 if recorded else child in children and parent not in children
+            parent, child = (child, parent) if turned else (parent, child)
+            why += "; weights do not tell which was there first"
+        # Nothing explains a network better than a copy of it: what else it was thought to come from goes.
+        edges = [e for e in edges if e.child != child]
+        if child in _above(parent, edges):
+            continue
+        direction = 0.5 if undecided else 0.95
+        edges.append(
+            Edge(parent, child, kind, detail, 1.0, 0.99, direction, 0.0, 0.0, -300.0, why, undecided=undecided)
+        )
         one = next((f for f in families if parent in f), (parent,))
         two = next((f for f in families if child in f), (child,))
         if one != two:
@@ -134,42 +143,15 @@ def _across(
     return edges, families
 
 
-def _held_against(
-    edges: Iterable[Edge], said: Sequence[Claim], families: Sequence[tuple[str, ...]], left: Mapping[str, str]
-) -> tuple[list[Edge], list[str]]:
-    """Mark every edge by what the child's file says, and put disagreements into sentences."""
-    from dataclasses import replace
-
-    claimed: dict[str, set[str]] = {}
-    for claim in said:
-        if claim.parent is not None:
-            claimed.setdefault(claim.child, set()).add(claim.parent)
-    found: dict[str, list[Edge]] = {}
-    marked = []
-    for edge in edges:
-        told = claimed.get(edge.child)
-        recorded = "" if told is None else "agrees" if edge.parent in told else "disagrees"
-        marked.append(replace(edge, recorded=recorded))
-        found.setdefault(edge.child, []).append(marked[-1])
-    family = {m: i for i, f in enumerate(families) for m in f}
-    sentences = []
-    for child, told in claimed.items():
-        if child in left:
-            continue
-        parents = {e.parent for e in found.get(child, ())}
-        if parents & told:
-            continue
-        names = " and ".join(sorted(told))
-        if parents:
-            how = " and ".join(f"{e.parent} ({e.confidence:.2f})" for e in found[child])
-            sentences.append(f"{child} says it comes from {names}; its weights speak for {how}")
-        elif all(family.get(child, -1) == family.get(t, -2) for t in told):
-            back = [t for t in told if any(e.parent == child for e in found.get(t, ()))]
-            more = f"; the weights speak for {child} being the parent of {back[0]}" if back else ""
-            sentences.append(f"{child} says it comes from {names}; its weights show a relative, not its parent{more}")
-        else:
-            sentences.append(f"{child} says it comes from {names}; its weights show no trace of that")
-    return marked, sentences
+def _above(model: str, edges: Iterable[Edge]) -> set[str]:
+    """A model and all that it descends from."""
+    parents: dict[str, list[str]] = {}
+    for e in edges:
+        parents.setdefault(e.child, []).append(e.parent)
+    found = [model]
+    for m in found:
+        found.extend(p for p in parents.get(m, ()) if p not in found)
+    return set(found)
 
 
 __all__ = ["floating", "trace"]

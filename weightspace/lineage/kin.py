@@ -13,13 +13,14 @@ from torch import Tensor
 
 from weightspace.errors import WeightspaceError
 from weightspace.lineage.calibrated import DIRECTION, REGIMES
+from weightspace.lineage.copies import Copy, Told, copies
 from weightspace.lineage.geometry import Geometry, geometry
 from weightspace.lineage.held import Held
 from weightspace.lineage.lineage import Edge
 from weightspace.lineage.merges import Mixture, chosen_sums, combinations_in
 from weightspace.lineage.related import Null, families, null
 from weightspace.lineage.sample import Array, Floats, Sample, take
-from weightspace.lineage.steps import Step, low_rank, same_but_rounded, step
+from weightspace.lineage.steps import low_rank, step
 from weightspace.lineage.tree import OUTSIDE, Forest, forest
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 _TURNED = 6.0
 """How much likelier (log) a family has to be with time turned around to be told so."""
-_ROUNDED = 0.03
-"""Squared relative distance up to which a network may be another's copy with rounded values."""
+ROUNDED = 0.98
+"""Confidence that a rounded network is the child of the finer one."""
 _CHOSEN_OTHERS = 24
 _TRIED = 3
 
@@ -53,6 +54,7 @@ class Kin:
         moved: int,
         seed: int,
         advance: Callable[[str], None],
+        told: Told,
     ) -> None:
         self.names, self.wiring = tuple(models), wiring
         self.left: dict[str, str] = {}
@@ -62,7 +64,7 @@ class Kin:
         self._shapes = {n: tuple(first.shape(n)) for n in first if first.dtype(n).is_floating_point}
         self._held = Held(models, list(self._shapes))
         self._descriptors = descriptors
-        self._moved, self._seed, self._advance = moved, seed, advance
+        self._moved, self._seed, self._advance, self._told = moved, seed, advance, told
         self._undone: dict[str, tuple[str, Mapping[str, Tensor], str]] = {}
 
     def parts(self) -> list[Part]:
@@ -180,11 +182,11 @@ class Kin:
         values = sample.values[list(members)]
         shape = geometry(values, sample.segments)
         names = [self.names[i] for i in members]
-        copies = self._copies(names, shape)
-        kept = [k for k in range(len(names)) if k not in copies]
+        again = copies(names, shape, self._network, list(self._shapes), self._told)
+        kept = [k for k in range(len(names)) if k not in again]
         found, turned = self._forest(shape.subset(kept), {})
         parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
-        merges = {m.merged: m for m in combinations_in(shape, set(copies), {k: _above(parents, k) for k in kept})}
+        merges = {m.merged: m for m in combinations_in(shape, set(again), {k: _above(parents, k) for k in kept})}
         if merges:
             found, turned = self._forest(shape.subset(kept), _blocked(merges, kept))
             parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
@@ -206,16 +208,7 @@ class Kin:
             elif parent != OUTSIDE:
                 odds = 0.99 if b in adapted else found.likely[kept.index(b)]
                 edges.append(self._edge(names, parent, b, odds, found, kept, shape, correlation, drawn, turned))
-        for b, (parent, how) in copies.items():
-            equal = how.kind == "copy"
-            why = f"{how.detail}; which was there first cannot be told" if equal else how.detail
-            edges.append(
-                Edge(
-                    names[parent], names[b], how.kind, how.detail, 1.0, 0.99, 0.5 if equal else 0.98,
-                    _relative(shape, parent, b), float(shape.drift[parent, b]),
-                    drawn.log10_p(float(correlation[parent, b])), why,
-                )
-            )  # fmt: skip
+        edges.extend(self._copy_edge(names, again[b], b, shape, correlation, drawn) for b in again)
         return Part(tuple(names), tuple(self._with_moves(e) for e in edges))
 
     def _forest(self, shape: Geometry, blocked: Mapping[int, set[int]]) -> tuple[Forest, bool]:
@@ -226,22 +219,6 @@ class Kin:
             if turned > likely + _TURNED:
                 return back, True
         return found, False
-
-    def _copies(self, names: Sequence[str], shape: Geometry) -> dict[int, tuple[int, Step]]:
-        """Networks that are others with equal or rounded values: number -> (of which, how)."""
-        relative = shape.squared / np.maximum(shape.norms[:, None] + shape.norms[None, :], shape.tiny)
-        found: dict[int, tuple[int, Step]] = {}
-        # Nearest first; of equals the later name is the copy.
-        for b in range(shape.count):
-            for a in (int(i) for i in shape.near[b][:4]):
-                if relative[a, b] > _ROUNDED or a in found:
-                    continue
-                how = same_but_rounded(self._network(names[a]), self._network(names[b]), list(self._shapes))
-                if how is None or (how.kind == "copy" and a > b):
-                    continue
-                found[b] = (a, how)
-                break
-        return found
 
     def _adapted(
         self, names: Sequence[str], shape: Geometry, kept: Sequence[int], parents: dict[int, int],
@@ -308,6 +285,19 @@ class Kin:
             _relative(shape, a, b), drift, drawn.log10_p(float(correlation[a, b])), why,
         )  # fmt: skip
 
+    def _copy_edge(
+        self, names: Sequence[str], copy: Copy, b: int, shape: Geometry, correlation: Array, drawn: Null
+    ) -> Edge:
+        a, why = copy.of, copy.how.detail
+        if copy.undecided:
+            rule = "records say this one" if copy.recorded else "here the first in the list"
+            why += f"; weights do not tell which was there first ({rule})"
+        return Edge(
+            names[a], names[b], copy.how.kind, copy.how.detail, 1.0, 0.99, 0.5 if copy.undecided else ROUNDED,
+            _relative(shape, a, b), float(shape.drift[a, b]), drawn.log10_p(float(correlation[a, b])), why,
+            undecided=copy.undecided,
+        )  # fmt: skip
+
     def _merge_edges(
         self, names: Sequence[str], mixture: Mixture, shape: Geometry, correlation: Array, drawn: Null
     ) -> list[Edge]:
@@ -339,7 +329,9 @@ class Kin:
         across = (edge.parent in self._undone) != (edge.child in self._undone)
         if edge.kind == "merge" or not across:
             return replace(edge, why=why)
-        # Distances with symmetries undone fit the other way round as well.
+        if edge.undecided:
+            kinds = self._undone[edge.parent if edge.parent in self._undone else edge.child][2]
+            return replace(edge, kind="moved copy", detail=f"the same up to {kinds}", why=why)
         return replace(edge, kind="moved copy", detail=f"{edge.kind}, and {' and '.join(moves)}", why=why)
 
 

@@ -12,7 +12,9 @@ from weightspace.lineage.steps import Kind
 if TYPE_CHECKING:
     import pandas as pd
 
-_COLUMNS = ("parent", "child", "kind", "share", "confidence", "direction", "distance", "drift", "recorded", "why")
+_COLUMNS = (
+    "parent", "child", "kind", "share", "confidence", "direction", "undecided", "distance", "drift", "recorded", "why",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,10 @@ class Edge:
 
     ``kind`` is how the child was made and ``detail`` says it in words (see ``weightspace.lineage.steps``); ``share`` is
     the parent's part in a merge, 1 for an only parent. ``confidence`` is the probability of this parent among all that
-    the child may have, or none, and ``direction`` that it is not the other way round. ``distance`` is relative to the
-    two norms (0 for equal, 1 for unrelated weights), ``drift`` how far outward the step led, per squared length.
+    the child may have, or none, and ``direction`` that it is not the other way round. Networks that are equal, or equal
+    up to symmetries, have no direction in their weights: ``undecided``, with ``direction`` 0.5, and in an order that
+    records give, or else the list of models. ``distance`` is relative to the two norms (0 for equal, 1 for unrelated
+    weights), ``drift`` how far outward the step led, per squared length.
     ``log10_p``: of the correlation of the two under the null that they are strangers. ``recorded``: "agrees",
     "disagrees" or "" where the child's file says nothing of its parents.
     """
@@ -39,6 +43,7 @@ class Edge:
     log10_p: float
     why: str
     recorded: str = ""
+    undecided: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +162,7 @@ class Lineage:
                 edge, depth = stack.pop()
                 share = f" {edge.share:.0%}" if edge.share < 0.999 else ""
                 flag = " ≠ its record" if edge.recorded == "disagrees" else ""
+                flag += ", direction undecided" if edge.undecided else ""
                 yield f"{'   ' * (depth - 1)}└─ {edge.child}  [{edge.kind}{share}, {edge.confidence:.2f}{flag}]"
                 # What follows a merge is shown below its first parent.
                 if first[edge.child] is edge:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
+    from weightspace.lineage.lineage import Edge
 
 _KEYS = ("base_model", "base_model_name_or_path", "_name_or_path", "parent", "parent_model", "finetuned_from")
 _GGUF = re.compile(r"general\.base_model\.\d+\.name")
@@ -88,6 +89,71 @@ def resolved(found: Iterable[Claim], names: Iterable[str]) -> list[Claim]:
     return made
 
 
+def named(found: Iterable[Claim]) -> dict[str, set[str]]:
+    """Child -> the models that its file names as parents."""
+    told: dict[str, set[str]] = {}
+    for claim in found:
+        if claim.parent is not None:
+            told.setdefault(claim.child, set()).add(claim.parent)
+    return told
+
+
+def against(
+    edges: Sequence[Edge], found: Iterable[Claim], families: Sequence[Sequence[str]], left: Mapping[str, str]
+) -> tuple[list[Edge], list[str]]:
+    """Mark every edge by what the child's file says, and put disagreements into sentences.
+
+    Networks without a direction between them count as one: which of them a file names makes no difference.
+    """
+    told = named(found)
+    same = _classes(edges)
+    parents: dict[str, list[Edge]] = {}
+    for edge in edges:
+        if not edge.undecided:
+            parents.setdefault(same.get(edge.child, edge.child), []).append(edge)
+    family = {m: i for i, f in enumerate(families) for m in f}
+    sentences = []
+    for child, names in told.items():
+        own = same.get(child, child)
+        above = parents.get(own, [])
+        meant = {same.get(n, n) for n in names}
+        if child in left or own in meant or meant & {same.get(e.parent, e.parent) for e in above}:
+            continue
+        said = f"{child} says it comes from {' and '.join(sorted(names))}"
+        if above:
+            how = " and ".join(f"{e.parent} ({e.confidence:.2f})" for e in above)
+            sentences.append(f"{said}; its weights speak for {how}")
+        elif all(family.get(child, -1) == family.get(n, -2) for n in names):
+            below = {c for c, into in parents.items() if any(same.get(e.parent, e.parent) == own for e in into)}
+            back = [n for n in names if same.get(n, n) in below]
+            more = f"; the weights speak for {child} being the parent of {back[0]}" if back else ""
+            sentences.append(f"{said}; its weights show a relative, not its parent{more}")
+        else:
+            sentences.append(f"{said}; its weights show no trace of that")
+    marked = []
+    for edge in edges:
+        names = told.get(edge.child, set())
+        meant = {same.get(n, n) for n in names}
+        if edge.undecided:
+            recorded = "agrees" if edge.parent in names or edge.child in told.get(edge.parent, ()) else ""
+        elif not names or same.get(edge.child, edge.child) in meant:
+            recorded = ""
+        else:
+            recorded = "agrees" if same.get(edge.parent, edge.parent) in meant else "disagrees"
+        marked.append(replace(edge, recorded=recorded))
+    return marked, sentences
+
+
+def _classes(edges: Iterable[Edge]) -> dict[str, str]:
+    """The first of each set of networks that nothing in the weights puts in order."""
+    top: dict[str, str] = {}
+    for edge in edges:
+        if edge.undecided:
+            one, two = top.get(edge.parent, edge.parent), top.get(edge.child, edge.child)
+            top |= {m: one for m, t in top.items() if t == two} | {edge.parent: one, edge.child: one}
+    return top
+
+
 def _tails(name: str) -> Iterator[str]:
     path = PurePosixPath(name.replace("\\", "/"))
     yield name
@@ -108,4 +174,4 @@ def _json(text: str) -> Any:
         return None
 
 
-__all__ = ["Claim", "claims", "resolved"]
+__all__ = ["Claim", "against", "claims", "named", "resolved"]

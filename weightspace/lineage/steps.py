@@ -1,7 +1,8 @@
 """What was done to a parent to make a child: read off the difference, tensor by tensor.
 
-- *copy*: equal values, whatever the format; *converted*: the parent's values rounded to the child's dtype (or to one
-  that its values all have, where a file was converted back);
+- *copy*: equal values, whatever the format, up to the last digits (as where symmetries were undone);
+- *converted*: the parent's values rounded to the child's dtype (or to one that its values all have, where a file was
+  converted back);
 - *quantised*: the child's values lie on a lattice (whole multiples of a step per tensor, per row or per block of 32 or
   64 values, or few levels per tensor), and are where rounding the parent to it leads;
 - *low rank*: every changed matrix differs by one of low rank, as a LoRA adapter merged into its base (Hu et al. 2021,
@@ -66,12 +67,32 @@ def same_but_rounded(
     """A copy, a conversion or a quantisation of the parent; None where values were changed otherwise."""
     changed = [n for n in names if not torch.equal(parent[n].float(), child[n].float())]
     if not changed:
+        wide = [sum(_wider(x[n], y[n]) for n in names) for x, y in ((parent, child), (child, parent))]
+        if wide[1]:
+            return None
+        if wide[0]:
+            return Step("converted", "rounded to float32", wide[0], len(names))
         return Step("copy", "the same values", 0, len(names))
+    if all(_last_digits(parent[n], child[n]) for n in changed):
+        return Step("copy", "the same values up to the last digits", len(changed), len(names))
     rounded = _rounding(parent, child, changed)
     if rounded is not None:
         return Step("converted", f"rounded to {str(rounded).removeprefix('torch.')}", len(changed), len(names))
     lattice = quantised(parent, child, changed)
     return Step("quantised", lattice, len(changed), len(names)) if lattice else None
+
+
+def _wider(one: Tensor, other: Tensor) -> bool:
+    """Whether a tensor has digits that float32 has not, and the other one not."""
+    if torch.float64 not in (one.dtype, other.dtype):
+        return False
+    return not torch.equal(one.double(), one.float().double()) and torch.equal(other.double(), other.float().double())
+
+
+def _last_digits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by no more than what dividing and multiplying again leaves in float32."""
+    a, b = one.to(torch.float64), other.to(torch.float64)
+    return torch.allclose(a, b, rtol=4e-6, atol=1e-6 * float(a.square().mean().sqrt()))
 
 
 def _rounding(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], changed: Sequence[str]) -> torch.dtype | None:
