@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ import streamlit as st
 from weightspace.errors import WeightspaceError
 from weightspace.explorer import maps, models, tables, ui, uploads
 from weightspace.paths import cache_dir
-from weightspace.zoo.listing import Listing
+from weightspace.zoo.listing import Listing, Vectors
 
 STARTER = Path("models") / "starter"
+METHODS = ["PCA", "UMAP"] if maps.has_umap() else ["PCA"]
+KINDS: tuple[Vectors, ...] = ("descriptor", "encoder")
+MAPS = {f"{kind}, {method}": (kind, method) for kind in KINDS for method in METHODS}
+PAUSE = 0.3
+"""Seconds that the table has to itself on the first visit, before and after the rest of the page but the map."""
 
 
 def bring_in(open_now: bool) -> None:
@@ -168,7 +174,8 @@ def from_map() -> None:
         st.session_state["selected"] = list(dict.fromkeys(names))
 
 
-def show(zoo: Listing, searched: list[str]) -> None:
+def show(zoo: Listing, searched: list[str]) -> Callable[[], None]:
+    """All of the page but the map, which is drawn by what this gives back: last, so that nothing waits for plotly."""
     frame = zoo.frame
     failures = len(zoo.failures)
     left, middle, right = st.columns([5, 2, 2], vertical_alignment="bottom")
@@ -177,11 +184,8 @@ def show(zoo: Listing, searched: list[str]) -> None:
     colours = tables.colourable(frame)
     colour = middle.selectbox("Colour", colours, key="colour", bind="query-params", disabled=not colours,
                               format_func=lambda c: str(c).replace("_", " "))  # fmt: skip
-    methods = ["PCA", "UMAP"] if maps.has_umap() else ["PCA"]
-    kinds = {f"{kind}, {method}": (kind, method) for kind in ("descriptor", "encoder") for method in methods}
-    if not bool(frame["inside"].sum() > 2):
-        kinds = {label: found for label, found in kinds.items() if found[0] == "descriptor"}
-    of = right.selectbox("Map of", list(kinds), key="map_of", bind="query-params",
+    offered = [label for label, (kind, _) in MAPS.items() if kind == "descriptor" or frame["inside"].sum() > 2]
+    of = right.selectbox("Map of", offered, key="map_of", bind="query-params",
                          help="The descriptor needs no training and describes any network; the pretrained encoder sees "
                          "through symmetries, for networks in its range.")  # fmt: skip
     try:
@@ -192,6 +196,13 @@ def show(zoo: Listing, searched: list[str]) -> None:
     selected = chosen_names(zoo)
     visible = frame[kept]
     names = [str(name) for name in visible.index]
+    kind, method = MAPS[of]
+    first = "seen" not in st.session_state and method == "PCA" and len(frame) > 2
+    if first:
+        st.session_state["seen"] = True
+        points, places, _ = models.placed(zoo, kind)
+        held = pd.Series(kept, index=frame.index).loc[points].tolist()
+        ui.sketch("map-place", maps.sketch(places, frame.loc[points], colour, held), maps.HEIGHT)
     table, picture = st.columns([6, 5], gap="medium")
     with table:
         rows = np.flatnonzero(visible.index.isin(selected)).tolist() if selected else []
@@ -204,34 +215,45 @@ def show(zoo: Listing, searched: list[str]) -> None:
         )  # fmt: skip
         st.caption(f"{len(visible):,} of {len(frame):,} models")
         ui.download("Table (CSV)", lambda: visible.to_csv(), f"{zoo.folder.name}.csv", "text/csv", key="zoo-csv")
-    with picture, ui.said():
-        kind, method = kinds[of]
-        placed = _placed(zoo, kind) if method == "PCA" else ui.work(
-            f"Drawing the map ({of})", "weightspace.explorer.maps:place", zoo.folder, kind, method,
-            of=[zoo.index, zoo.stamp, kind, method],
-        )  # fmt: skip
-        if placed is not None:
-            points, places, caption = placed
-            held = pd.Series(kept, index=frame.index)
-            drawn = maps.draw(points, places, frame.loc[points], colour, held.loc[points].tolist(), selected, ui.dark())
-            ui.chart(drawn, f"{zoo.folder.name}-map", f"{caption}. Each point is a model; click one to select it, or "
-                                                      "draw "
-                     "around several with the lasso above.", key="map", on_select=from_map,
-                     data=pd.DataFrame(places, index=points, columns=["x", "y"]))  # fmt: skip
+    with picture.container(key="map-place"):
+        here = st.container()
+        st.caption("Each point is a model; click one to select it, or draw around several with the lasso above.")
+    if first:
+        time.sleep(PAUSE)
     selection(selected)
     if zoo.failures:
         with st.expander(f"{failures} files could not be read", icon=":material/report:"):
             reasons(zoo.failures, "failures")
 
+    def drawn() -> None:
+        if first:
+            # A browser reads plotly for half a second and draws nothing meanwhile: the table comes first.
+            time.sleep(PAUSE)
+        with here, ui.said():
+            show_map(zoo, kept.tolist(), colour, of, selected)
 
-@st.cache_data(max_entries=16, show_spinner="Drawing the map")
-def _place(folder: Path, stamp: str, kind: Any) -> Any:
-    del stamp
-    return maps.place(folder, kind, "PCA")
+    return drawn
 
 
-def _placed(zoo: Listing, kind: str) -> Any:
-    return _place(zoo.folder, zoo.stamp, kind)
+def show_map(zoo: Listing, kept: Sequence[bool], colour: str | None, of: str, selected: list[str]) -> None:
+    frame, (kind, method) = zoo.frame, MAPS[of]
+    if method == "PCA":
+        placed = models.placed(zoo, kind)
+    else:
+        placed = ui.work(
+            f"Drawing the map ({of})", "weightspace.explorer.maps:place", zoo.folder, kind, method,
+            of=[zoo.index, zoo.stamp, kind, method],
+        )  # fmt: skip
+    if placed is None:
+        return
+    points, places, caption = placed
+    held = pd.Series(kept, index=frame.index).loc[points].tolist()
+    drawn = maps.draw(points, places, frame.loc[points], colour, held, selected, ui.dark())
+    ui.chart(
+        drawn, f"{zoo.folder.name}-map", key="map", on_select=from_map,
+        data=pd.DataFrame(places, index=points, columns=["x", "y"]),
+        caption=f"{caption}.",
+    )  # fmt: skip
 
 
 def _columns(frame: pd.DataFrame) -> dict[str, Any]:
@@ -293,15 +315,18 @@ def page() -> None:
     head, button = st.columns([5, 1], vertical_alignment="bottom")
     with head:
         ui.title("zoo", ui.shelf())
+    drawn = None
     if zoo.frame.empty:
         st.info("The index of this folder holds no model.")
         for file, reason in [*zoo.failures, *zoo.ignored][:20]:
             st.caption(ui.plain(f"{file}: {reason}"))
     else:
-        show(zoo, searched)
+        drawn = show(zoo, searched)
     with button:
         refresh(zoo)
     bring_in(False)
+    if drawn is not None:
+        drawn()
 
 
 page()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import stat
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -244,3 +245,26 @@ def test_a_folder_that_is_none_is_said(tmp_path: Path) -> None:
     pytest.importorskip("streamlit", reason="the explorer needs the extra app")
     with pytest.raises(ZooError, match="is not a folder"):
         launch.launch(tmp_path / "nowhere")
+
+
+def test_a_sketch_has_the_colours_and_the_places_of_the_map() -> None:
+    rng = np.random.default_rng(0)
+    places = rng.normal(size=(300, 2))
+    frame = pd.DataFrame({"architecture": ["CNN", "MLP"] * 150, "test_accuracy": rng.uniform(size=300)})
+    kept = [True] * 200 + [False] * 100
+    drawn = maps.draw([str(i) for i in range(300)], places, frame, "architecture", kept, [])
+    for colour in ("architecture", "test_accuracy", None):
+        svg = ElementTree.fromstring(maps.sketch(places, frame, colour, kept))
+        paths = [one for one in svg if one.tag.endswith("path")]
+        assert sum(str(one.get("d")).count("M") for one in paths) == pytest.approx(300, abs=5)
+    shades = {trace.marker.color for trace in drawn.data}
+    svg = ElementTree.fromstring(maps.sketch(places, frame, "architecture", kept))
+    assert {one.get("stroke") for one in svg if one.tag.endswith("path")} == shades
+    wide = drawn.layout.xaxis.range
+    at = (places[0, 0] - wide[0]) / (wide[1] - wide[0]) * 1000
+    assert any(f"M{round(at)} " in str(one.get("d")) for one in svg)
+
+
+def test_a_sketch_of_one_place_is_drawn() -> None:
+    svg = maps.sketch(np.zeros((3, 2)), pd.DataFrame({"bytes": [1, 2, 0]}), "bytes", [True] * 3)
+    assert "M500 500h0" in svg

@@ -68,10 +68,11 @@ def command(port: int, host: str, headless: bool) -> list[str]:
         "server.port": str(port), "server.address": host, "server.headless": str(headless).lower(),
         "server.maxUploadSize": str(LARGEST), "server.fileWatcherType": "none", "browser.gatherUsageStats": "false",
         "client.showErrorDetails": "none", "client.showErrorLinks": "false", "client.toolbarMode": "viewer",
-        "server.showEmailPrompt": "false", "browser.serverAddress": "localhost" if is_local(host) else host, **_THEME,
+        "server.showEmailPrompt": "false", "runner.magicEnabled": "false",
+        "browser.serverAddress": "localhost" if is_local(host) else host, **_THEME,
     }  # fmt: skip
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "streamlit", "run", str(data_dir("app") / "explorer.py"), *flags]
+    return [sys.executable, "-m", "streamlit", "run", str(data_dir("app") / "serve.py"), *flags]
 
 
 def launch(zoo: Path | None, port: int | None = None, host: str = "127.0.0.1", headless: bool = False) -> int:

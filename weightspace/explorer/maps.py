@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Points = NDArray[np.float64]
 _SIDES = ("top center", "bottom center", "top left", "bottom left")
+HEIGHT = 470
+"""Pixels of the map from top to bottom."""
 _MANY = 1500
 """Points above which a map is drawn by WebGL."""
 
@@ -90,7 +92,10 @@ def draw(
     import pandas as pd
     import plotly.graph_objects as go
 
-    made = style.figure(height=470, dragmode="pan", xaxis={"visible": False}, yaxis={"visible": False})
+    wide, high = _ranges(places)
+    made = style.figure(
+        height=HEIGHT, dragmode="pan", xaxis={"visible": False, "range": wide}, yaxis={"visible": False, "range": high}
+    )
     many = len(names) > _MANY
     scatter = go.Scattergl if many else go.Scatter
     # Radii that stay apart: few models are drawn large.
@@ -147,4 +152,54 @@ def draw(
     return made
 
 
-__all__ = ["Points", "draw", "has_umap", "pca", "place", "scaled"]
+def _ranges(places: Points) -> tuple[list[float], list[float]]:
+    """Of both axes, with room for the discs at the edge."""
+    if not len(places):
+        return [-1.0, 1.0], [-1.0, 1.0]
+    low, high = places.min(0), places.max(0)
+    room = np.maximum(0.06 * (high - low), 1e-6)
+    wide, tall = np.stack([low - room, high + room], 1).tolist()
+    return wide, tall
+
+
+def sketch(places: Points, frame: pd.DataFrame, colour: str | None, kept: Sequence[bool]) -> str:
+    """The same map as an SVG picture, which a browser shows at once: for the second in which it still loads plotly.
+
+    Points of one colour are one path on a grid of a thousand steps, so that 10,000 models are some 100 kB.
+    """
+    import pandas as pd
+
+    (left, right), (low, high) = _ranges(places)
+    x = np.rint((places[:, 0] - left) / (right - left) * 1000).astype(int)
+    y = np.rint((high - places[:, 1]) / (high - low) * 1000).astype(int)
+    held = np.asarray(kept, dtype=bool)
+    layers: list[tuple[NDArray[np.bool_], str, float]] = [(~held, style.OTHER, 0.15)]
+    values = None if colour is None else frame[colour]
+    if values is not None and pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
+        column = values.to_numpy(dtype=float, na_value=np.nan)
+        if colour in ("parameters", "bytes"):
+            column = np.log10(np.where(column > 0, column, np.nan))
+        known = held & np.isfinite(column)
+        layers.append((held & ~known, style.OTHER, 0.5))
+        bottom, top = (column[known].min(), column[known].max()) if known.any() else (0.0, 1.0)
+        step = np.clip((np.nan_to_num(column) - bottom) / max(top - bottom, 1e-12) * 10, 0, 9).astype(int)
+        layers += [(known & (step == i), shade, 0.9) for i, shade in enumerate(style.viridis(10))]
+    else:
+        classes, colours = style.colours_of([""] * len(frame) if values is None else values.tolist())
+        of = np.asarray(classes, dtype=object)
+        layers += [(held & (of == word), shade, 0.9) for word, shade in colours.items()]
+    size = 9 if len(frame) < 200 else 7 if len(frame) < _MANY else 5
+    paths = []
+    for which, shade, opacity in layers:
+        spots = np.unique(np.stack([x[which], y[which]], 1), axis=0).tolist()
+        if spots:
+            drawn = "".join(f"M{a} {b}h0" for a, b in spots)
+            paths.append(f'<path d="{drawn}" stroke="{shade}" opacity="{opacity}"/>')
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 1000" preserveAspectRatio="none">'
+        f'<style>path{{fill:none;stroke-width:{size}px;stroke-linecap:round;vector-effect:non-scaling-stroke}}</style>'
+        f'{"".join(paths)}</svg>'
+    )  # fmt: skip
+
+
+__all__ = ["HEIGHT", "Points", "draw", "has_umap", "pca", "place", "scaled", "sketch"]

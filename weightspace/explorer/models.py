@@ -10,15 +10,17 @@ from threading import Lock
 from typing import Any
 
 from weightspace.errors import ZooError
-from weightspace.explorer import tables
+from weightspace.explorer import maps, tables
+from weightspace.explorer.maps import Points
 from weightspace.zoo.examine import stamp_of
-from weightspace.zoo.listing import Listing, card_of, listing, stamp_of_index
+from weightspace.zoo.listing import Listing, Vectors, card_of, listing, stamp_of_index
 from weightspace.zoo.zoo import Zoo
 
 UPLOAD = "upload/"
 _KEPT = 8
 _LOCK = Lock()
 _LISTINGS: OrderedDict[tuple[Path, str], tuple[Listing, list[str]]] = OrderedDict()
+_MAPS: OrderedDict[tuple[Path, str, Vectors], tuple[list[str], Points, str]] = OrderedDict()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +116,21 @@ def opened(folder: Path) -> tuple[Listing, list[str]]:
     return kept
 
 
+def placed(zoo: Listing, kind: Vectors) -> tuple[list[str], Points, str]:
+    """The map of a zoo by principal components (see ``maps.place``), kept until its index changes."""
+    key = (zoo.index, zoo.stamp, kind)
+    with _LOCK:
+        if key in _MAPS:
+            _MAPS.move_to_end(key)
+            return _MAPS[key]
+    found = maps.place(zoo.folder, kind, "PCA")
+    with _LOCK:
+        _MAPS[key] = found
+        while len(_MAPS) > 2 * _KEPT:
+            _MAPS.popitem(last=False)
+    return found
+
+
 def is_indexed(folder: Path) -> bool:
     """Whether a folder has an index."""
     return bool(stamp_of_index(Zoo(folder).index_folder))
@@ -132,4 +149,4 @@ def build_starter(folder: str) -> Any:
     return Zoo(folder).index(progress=True)
 
 
-__all__ = ["UPLOAD", "Shelf", "build_starter", "index", "is_indexed", "opened"]
+__all__ = ["UPLOAD", "Shelf", "build_starter", "index", "is_indexed", "opened", "placed"]

@@ -33,6 +33,14 @@ def fading(dark: bool) -> list[tuple[float, str]]:
     return [(0.0, "#1B1F24" if dark else "#F4F6F8"), (1.0, "#7FB0E6" if dark else "#1F4E86")]
 
 
+def viridis(steps: int) -> list[str]:
+    """Colours of ``SEQUENTIAL``, from its lowest to its highest."""
+    from plotly.colors import sample_colorscale
+
+    found: list[str] = sample_colorscale(SEQUENTIAL, [(i + 0.5) / steps for i in range(steps)])
+    return found
+
+
 def ink(dark: bool) -> str:
     """Colour of words and outlines in a figure."""
     return "#E6E9ED" if dark else "#24292F"

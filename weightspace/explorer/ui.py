@@ -313,6 +313,19 @@ def chart(
     return shown
 
 
+def sketch(key: str, svg: str, height: int) -> None:
+    """A picture behind the container ``key`` until a figure is drawn in it: a browser needs a second to load plotly."""
+    from base64 import b64encode
+
+    place, top = f".st-key-{key}:not(:has(.main-svg))", 48
+    data = b64encode(svg.encode()).decode()
+    st.html(
+        f"<style>{place} {{padding-top: {height}px; background: url(data:image/svg+xml;base64,{data}) no-repeat; "
+        f"background-position: 8px {top}px; background-size: calc(100% - 16px) {height - top - 8}px;}} "
+        f"{place} [data-testid=stSkeleton] {{display: none;}}</style>"
+    )
+
+
 def download(label: str, data: Callable[[], Any] | bytes | str, file: str, mime: str, key: str) -> None:
     """A button that saves a file, made when it is pressed; the page does not run again."""
     st.download_button(
@@ -330,6 +343,6 @@ def need(condition: object, words: str) -> None:
 __all__ = [
     "PAGES", "again", "begun", "busy", "chart", "choose", "choose_many", "dark", "download", "first_steps",
     "folder", "here", "keep_url", "kept", "link", "may_open", "need", "open_folder",
-    "plain", "said", "shelf", "table", "title",
+    "plain", "said", "shelf", "sketch", "table", "title",
     "upload_folder", "work",
 ]  # fmt: skip
