@@ -18,6 +18,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import weightspace as ws
 from weightspace.checkpoint import Checkpoint, from_tensors
 from weightspace.lineage import Lineage, trace
 
-CALIBRATED = ("mnist-mlp", "mnist-cnn", "mlp", "cnn")
+CALIBRATED = {("families", "mnist-mlp"), ("families", "mnist-cnn"), ("merging", "mlp"), ("merging", "cnn")}
 REAL = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
 
 
@@ -67,8 +68,21 @@ def interval(hits: Sequence[float], seed: int = 0) -> str:
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
-def against_records(folder: Path) -> list[dict[str, Any]]:
-    """A row per population of roots of a zoo, all traced together: found edges against recorded ones."""
+@dataclass(frozen=True)
+class Judged:
+    """An edge between trained networks: its confidences, whether it is right, and whether only its direction is not."""
+
+    confidence: float
+    direction: float
+    right: bool
+    turned: bool
+
+
+def against_records(folder: Path, judged: list[Judged]) -> list[dict[str, Any]]:
+    """A row per population of roots of a zoo, all traced together: found edges against recorded ones.
+
+    Edges of populations that nothing was calibrated on are added to ``judged``.
+    """
     from weightspace.zoo.files import read_record
 
     files = sorted(folder.glob("*.safetensors"))
@@ -79,7 +93,7 @@ def against_records(folder: Path) -> list[dict[str, Any]]:
     kinds: dict[str, set[str]] = defaultdict(set)
     for file in files:
         kind = _root(file.name, records)[1]
-        kinds[kind + " (calibrated on)" * (kind in CALIBRATED)].add(file.name)
+        kinds[kind + " (calibrated on)" * ((folder.name, kind) in CALIBRATED)].add(file.name)
     rows = []
     held_out = set().union(*(n for k, n in kinds.items() if "calibrated" not in k))
     for kind, names in {**kinds, "held out": held_out, "all": set(records)}.items():
@@ -89,7 +103,11 @@ def against_records(folder: Path) -> list[dict[str, Any]]:
         linked = [e for e in edges if frozenset(e) in either]
         right = len(edges & truth)
         strange = [e for e in edges if _root(e[0], records)[0] != _root(e[1], records)[0]]
-        sure = [float((e.parent, e.child) in truth) for e in found.edges if e.child in names and e.confidence >= 0.9]
+        into = [e for e in found.edges if e.child in names and not e.undecided]
+        told = [Judged(e.confidence, e.direction, (e.parent, e.child) in truth, (e.child, e.parent) in truth)
+                for e in into]  # fmt: skip
+        if kind == "held out":
+            judged.extend(told)
         rows.append(
             {
                 "population": kind, "networks": len(names), "edges": len(truth), "found": len(edges), "right": right,
@@ -98,9 +116,43 @@ def against_records(folder: Path) -> list[dict[str, Any]]:
                 "strangers linked": len(strange),
                 "families": sum(len(f) > 1 and f[0] in names for f in found.families),
                 "of": len({_root(n, records)[0] for n in names}),
-                "confidence ≥ 0.9": f"{sum(sure):.0f}/{len(sure)} right",
+                "mean confidence": float(np.mean([j.confidence for j in told])) if told else float("nan"),
+                "error of calibration": calibration_error([(j.confidence, j.right) for j in told]),
                 "seconds": round(seconds, 1) if kind == "all" else "",
             }
+        )  # fmt: skip
+    return rows
+
+
+def calibration_error(told: Sequence[tuple[float, bool]], bins: int = 10) -> float:
+    """Expected calibration error: the gap between said and true shares over bins of equal width, weighed by number."""
+    if not told:
+        return float("nan")
+    said, right = np.array([t[0] for t in told]), np.array([float(t[1]) for t in told])
+    at = np.minimum((said * bins).astype(int), bins - 1)
+    return float(sum(abs(said[at == b].sum() - right[at == b].sum()) for b in range(bins)) / len(told))
+
+
+def reliability(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Of edges of held-out populations: what was said, and how often it was so."""
+    rows = []
+    pairs = {
+        "parent": [(j.confidence, j.right) for j in judged],
+        "direction, where the two are linked": [(j.direction, j.right) for j in judged if j.right or j.turned],
+    }
+    for what, told in pairs.items():
+        for low, high in pairwise((0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)):
+            inside = [t for t in told if low <= t[0] < high or (high == 1.0 and t[0] == 1.0)]
+            if inside:
+                rows.append(
+                    {"confidence of": what, "said": f"{low:g} to {high:g}", "edges": len(inside),
+                     "mean said": float(np.mean([t[0] for t in inside])),
+                     "right": interval([float(t[1]) for t in inside])}
+                )  # fmt: skip
+        rows.append(
+            {"confidence of": what, "said": f"all: expected calibration error {calibration_error(told):.3f}",
+             "edges": len(told), "mean said": float(np.mean([t[0] for t in told])),
+             "right": interval([float(t[1]) for t in told])}
         )  # fmt: skip
     return rows
 
@@ -311,20 +363,20 @@ def strangers(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def calibrate(recorded: Sequence[str]) -> None:
-    """Print the coefficients that ``weightspace.lineage.calibrated`` holds; minutes.
+    """Calibrate, and write what ``weightspace.lineage.calibrated`` reads; some ten minutes, most of it training.
 
     ``recorded``: ``FOLDER:PREFIX``, whose trees with a root of such a name are calibrated on as well.
     """
-    from scipy.optimize import minimize_scalar
-
-    from weightspace.lineage.fitting import Known, fit
+    from weightspace.lineage.calibrated import FILE
+    from weightspace.lineage.calibration import calibrate as fitted
+    from weightspace.lineage.fitting import Known
     from weightspace.lineage.geometry import geometry
     from weightspace.lineage.sample import take
     from weightspace.lineage.training import families
+    from weightspace.paths import write_whole
     from weightspace.zoo.files import read_record
 
-    known = list(families())
-    drifts = [k.geometry.drift[p, b] for k in known for b, p in enumerate(k.parents) if p >= 0]
+    made = list(families())
     trees: list[Known] = []
     for text in recorded:
         folder, _, prefix = text.rpartition(":")
@@ -334,7 +386,7 @@ def calibrate(recorded: Sequence[str]) -> None:
         for f in files:
             grown[_root(f.name, records)[0]].append(f.name)
         for root, names in grown.items():
-            if not root.startswith(prefix):
+            if not root.startswith(prefix) or len(names) < 2:
                 continue
             models = [ws.open(Path(folder) / n) for n in names]
             shapes = {n: models[0].shape(n) for n in models[0] if models[0].dtype(n).is_floating_point}
@@ -342,13 +394,12 @@ def calibrate(recorded: Sequence[str]) -> None:
             at = {n: i for i, n in enumerate(names)}
             parents = tuple(at.get(records[n].get("parent") or "", -1) for n in names)
             trees.append(Known(geometry(sample.values, sample.segments), parents))
-    stars = [t for t in trees if len({p for p in t.parents if p >= 0}) == 1]
-    print("steps of any kind:", fit([*known, *trees]))
-    print("tasks learnt one after the other (deep alone):", fit(trees).deep)
-    print("many children of one base (deep alone):", fit(stars).deep)
-    d = np.clip(drifts, -3, 3)
-    found = minimize_scalar(lambda k: np.log1p(np.exp(-k * d)).sum(), bounds=(0, 20), method="bounded")
-    print(f"direction: {found.x:.2f} (of {len(d)} edges {np.mean(d > 0):.0%} lead outward)")
+    print(f"{len(made)} families made for it and {len(trees)} recorded trees")
+    found = fitted(made, trees, print)
+    named = [f"{Path(t.rpartition(':')[0]).name.upper()}:{t.rpartition(':')[2]}" for t in recorded]
+    command = " ".join(["python tests/benchmarks/lineage.py --calibrate", *(f"--with {n}" for n in named)])
+    write_whole(FILE, (json.dumps({"command": command, **found}, indent=1) + "\n").encode())
+    print(f"written: {FILE.name}")
 
 
 def main() -> None:
@@ -357,12 +408,15 @@ def main() -> None:
     parser.add_argument("--strangers", type=Path, action="append", default=[], help="zoo whose roots are strangers")
     parser.add_argument("--made", type=Path, help="zoo to make merges and copies from (recipe families)")
     parser.add_argument("--files", action="store_true", help="files of ../shared/checkpoints")
-    parser.add_argument("--calibrate", action="store_true", help="print the coefficients; minutes")
+    parser.add_argument("--calibrate", action="store_true", help="calibrate anew, and write the coefficients; minutes")
     parser.add_argument("--with", dest="recorded", action="append", default=[], help="FOLDER:PREFIX to calibrate on")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    judged: list[Judged] = []
     for zoo in arguments.zoo:
-        show(f"{zoo.name}: found edges against recorded parents", against_records(zoo), arguments.json)
+        show(f"{zoo.name}: found edges against recorded parents", against_records(zoo, judged), arguments.json)
+    if judged:
+        show("Reliability on held-out populations", reliability(judged), arguments.json)
     if arguments.strangers:
         show("Strangers", strangers(arguments.strangers), arguments.json)
     if arguments.made:

@@ -11,6 +11,9 @@ Let ``p``, ``a`` and ``b`` be the weights of three relatives, ``u = a - p`` and 
 - *Angle* at ``a``: the cosine of ``u`` and ``w``. If ``b`` descends from ``a``, the later step owes nothing to the
   accidents of the one before, and the cosine is near 0. If both descend from ``p``, the way from one to the other
   undoes what is the first one's own, and it is far below; or far above, where the two ran along one path.
+- *Askew*: two steps from a parent are at right angles, and so are a step and the next one. Of three networks that have
+  only a lost ancestor in common each sees the other two at an acute angle: where no relative is seen at a right angle
+  from one of two networks, neither is the other's parent.
 - *Share*: ``u.(b - p) / |u|^2``, how much of the step to ``a`` is in ``b``: 1 or more for a descendant.
 
 Angle and share are taken over all weights, and the lowest over groups of tensors: siblings that learnt the same agree
@@ -32,10 +35,11 @@ DEEP = (
     "lowest share", "nearer", "nearest below", "drift", "far drift", "step",
 )  # fmt: skip
 """Features of ``b`` descending from ``a``, a child of its ancestor ``p``, and not from ``p`` otherwise."""
-TOP = ("constant", "drift", "far drift", "span", "nearest below", "alone")
+TOP = ("constant", "drift", "far drift", "span", "nearest below", "alone", "askew above", "askew below", "askew")
 """Features of ``b`` descending from ``a``, which has no parent here."""
 GROUPS = 4
 _CHUNK = 1 << 13
+_SEEN = 12
 _LARGE = 2048
 Index = NDArray[np.int64]
 
@@ -104,14 +108,33 @@ class Geometry:
         """``(candidates, TOP)`` for ``b`` and networks ``a`` that have no parent here; ``below`` as in ``deep``."""
         drift, far = self.drift[a, b], np.maximum(self.squared[a, b], self.tiny)
         span = np.log(np.sqrt(far / np.maximum(self.norms[a] + self.norms[b], self.tiny)) / 0.2)
+        above, under = self._askew(a, b)
         return np.stack(
             [
                 np.ones(len(a)), np.clip(drift, -1, 1), np.clip(drift - 1, 0, 2), np.clip(span, -3, 1.5),
                 np.clip(0.5 * np.log(far / np.maximum(below, self.tiny)), 0, 2),
-                np.full(len(a), float(self.count < 3)),
+                np.full(len(a), float(self.count < 3)), above, under, np.minimum(above, under),
             ],
             axis=1,
         )  # fmt: skip
+
+    def _askew(self, a: Index, b: int) -> tuple[Array, Array]:
+        """How far from a right angle, at each ``a`` and at ``b``, the other of them and any relative near are seen.
+
+        0 where there are no more than the two.
+        """
+        if self.count < 3:
+            return np.zeros(len(a)), np.zeros(len(a))
+        mine = self.near[b][:_SEEN]
+        others = np.concatenate([self.near[a][:, :_SEEN], np.broadcast_to(mine, (len(a), len(mine)))], axis=1)
+        whole = np.maximum(self.squared[a, b], self.tiny)[:, None]
+        here, there = self.squared[a[:, None], others], self.squared[b, others]
+        told = (others != b) & (others != a[:, None]) & (here > self.tiny) & (there > self.tiny)
+        one = np.abs(whole + here - there) / (2 * np.sqrt(whole * np.where(told, here, 1)))
+        two = np.abs(whole + there - here) / (2 * np.sqrt(whole * np.where(told, there, 1)))
+        above, under = (np.where(told, x, np.inf).min(1) for x in (one, two))
+        # Unknown is as good as right.
+        return np.where(above <= 1, above, 0.0), np.where(under <= 1, under, 0.0)
 
     def angle(self, p: int, a: int, b: int) -> float:
         """Cosine of the steps from ``p`` to ``a`` and from ``a`` to ``b``."""

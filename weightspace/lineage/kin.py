@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,25 +11,25 @@ import torch
 from torch import Tensor
 
 from weightspace.errors import WeightspaceError
-from weightspace.lineage.calibrated import DIRECTION, REGIMES
 from weightspace.lineage.copies import Copy, Told, copies
 from weightspace.lineage.geometry import Geometry, geometry
 from weightspace.lineage.held import Held
 from weightspace.lineage.lineage import Edge
 from weightspace.lineage.merges import Mixture, chosen_sums, combinations_in
+from weightspace.lineage.placing import Placed, place
 from weightspace.lineage.related import Null, families, null
 from weightspace.lineage.sample import Array, Floats, Sample, take
 from weightspace.lineage.steps import low_rank, step
-from weightspace.lineage.tree import OUTSIDE, Forest, forest
+from weightspace.lineage.tree import OUTSIDE
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
     from weightspace.wiring.wiring import Wiring
 
-_TURNED = 6.0
-"""How much likelier (log) a family has to be with time turned around to be told so."""
 ROUNDED = 0.98
 """Confidence that a rounded network is the child of the finer one."""
+ADAPTED = 0.99
+"""Confidence in an adapter merged into its base."""
 _CHOSEN_OTHERS = 24
 _TRIED = 3
 
@@ -184,19 +183,19 @@ class Kin:
         names = [self.names[i] for i in members]
         again = copies(names, shape, self._network, list(self._shapes), self._told)
         kept = [k for k in range(len(names)) if k not in again]
-        found, turned = self._forest(shape.subset(kept), {})
-        parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
+        placed = place(shape.subset(kept))
+        parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(placed.forest.parents)}
         merges = {m.merged: m for m in combinations_in(shape, set(again), {k: _above(parents, k) for k in kept})}
         if merges:
-            found, turned = self._forest(shape.subset(kept), _blocked(merges, kept))
-            parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
+            placed = place(shape.subset(kept), _blocked(merges, kept))
+            parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(placed.forest.parents)}
         chosen = self._chosen(shape, values, parents, merges, kept)
         if chosen:
             merges |= chosen
-            found, turned = self._forest(shape.subset(kept), _blocked(merges, kept))
-            parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(found.parents)}
+            placed = place(shape.subset(kept), _blocked(merges, kept))
+            parents = {kept[b]: (kept[p] if p != OUTSIDE else OUTSIDE) for b, p in enumerate(placed.forest.parents)}
         adapted = self._adapted(names, shape, kept, parents, merges)
-        if turned:
+        if placed.turned:
             self.notes.append(
                 f"the family of {names[0]} is likelier if weights shrink from parents to children, and is told so"
             )
@@ -206,19 +205,9 @@ class Kin:
             if b in merges:
                 edges.extend(self._merge_edges(names, merges[b], shape, correlation, drawn))
             elif parent != OUTSIDE:
-                odds = 0.99 if b in adapted else found.likely[kept.index(b)]
-                edges.append(self._edge(names, parent, b, odds, found, kept, shape, correlation, drawn, turned))
+                edges.append(self._edge(names, parent, b, b in adapted, placed, kept, shape, correlation, drawn))
         edges.extend(self._copy_edge(names, again[b], b, shape, correlation, drawn) for b in again)
         return Part(tuple(names), tuple(self._with_moves(e) for e in edges))
-
-    def _forest(self, shape: Geometry, blocked: Mapping[int, set[int]]) -> tuple[Forest, bool]:
-        """The likeliest forest of all regimes, with time turned around where that is much likelier."""
-        found, likely = likeliest(shape, blocked)
-        if shape.count >= 4:
-            back, turned = likeliest(shape.turned(), blocked)
-            if turned > likely + _TURNED:
-                return back, True
-        return found, False
 
     def _adapted(
         self, names: Sequence[str], shape: Geometry, kept: Sequence[int], parents: dict[int, int],
@@ -266,14 +255,17 @@ class Kin:
     # -------------------------------------------------------------------------------- edges
 
     def _edge(
-        self, names: Sequence[str], a: int, b: int, odds: float, found: Forest, kept: Sequence[int], shape: Geometry,
-        correlation: Array, drawn: Null, turned: bool,
+        self, names: Sequence[str], a: int, b: int, adapted: bool, placed: Placed, kept: Sequence[int],
+        shape: Geometry, correlation: Array, drawn: Null,
     ) -> Edge:  # fmt: skip
         how = step(self._network(names[a]), self._network(names[b]), list(self._shapes))
         drift = float(shape.drift[a, b])
-        direction = 1 / (1 + math.exp(-DIRECTION * (-drift if turned else drift)))
+        at = kept.index(b)
+        sure, direction = (ADAPTED, ADAPTED) if adapted else (placed.sure[at], placed.way[at])
+        if how.kind in ("converted", "quantised"):
+            direction = ROUNDED
         others = [
-            (names[kept[i]] if i != OUTSIDE else "none of these", p) for i, p in found.alternatives[kept.index(b)]
+            (names[kept[i]] if i != OUTSIDE else "none of these", p) for i, p in placed.forest.alternatives[at]
         ]
         next_best = f"; next: {others[0][0]} ({others[0][1]:.2f})" if others and others[0][1] >= 0.02 else ""
         why = (
@@ -281,7 +273,7 @@ class Kin:
             f"{'inward' if drift < 0 else 'outward'} drift {drift:+.2f}{next_best}"
         )
         return Edge(
-            names[a], names[b], how.kind, how.detail, 1.0, min(odds, 0.999), min(max(direction, 0.001), 0.999),
+            names[a], names[b], how.kind, how.detail, 1.0, sure, direction,
             _relative(shape, a, b), drift, drawn.log10_p(float(correlation[a, b])), why,
         )  # fmt: skip
 
@@ -335,15 +327,6 @@ class Kin:
         return replace(edge, kind="moved copy", detail=f"{edge.kind}, and {' and '.join(moves)}", why=why)
 
 
-def likeliest(shape: Geometry, blocked: Mapping[int, Collection[int]] | None = None) -> tuple[Forest, float]:
-    """The forest of the regime that makes a family likeliest, and its log likelihood less the regime's handicap."""
-    found = []
-    for regime in REGIMES:
-        one = forest(shape, regime.weights, blocked)
-        found.append((one, one.log_likelihood - regime.handicap))
-    return max(found, key=lambda x: x[1])
-
-
 def _above(parents: Mapping[int, int], of: int) -> list[int]:
     """The ancestors of a network, nearest first."""
     found = []
@@ -368,4 +351,4 @@ def _blocked(merges: Mapping[int, Mixture], kept: Sequence[int]) -> dict[int, se
     return found
 
 
-__all__ = ["Kin", "Part", "likeliest"]
+__all__ = ["Kin", "Part"]
