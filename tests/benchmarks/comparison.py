@@ -28,12 +28,17 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": {"kind": "operator", "width": 64},
     "ours, scale": {"kind": "operator", "width": 64, "scale": True},
 }
+# The same help for all: what the networks answer to noise. Half of the width, since the read-out sees more.
+ANSWERING: dict[str, dict[str, Any]] = {
+    "ours, answers": {"kind": "operator", "width": 32, "dropout": 0.2, "answers": True},
+}
 REFERENCES: dict[str, dict[str, Any]] = {
     "neural-graphs": {"kind": "neural-graphs", "hidden": 24, "layers": 3, "fourier": 16},
     "gmn": {"kind": "gmn", "hidden": 24, "layers": 3},
     "scalegmn": {"kind": "scalegmn", "hidden": 24, "layers": 3, "direction": "forward"},
     "scalegmn, both": {"kind": "scalegmn", "hidden": 24, "layers": 3, "direction": "both"},
 }
+ANSWERING |= {f"{name}, answers": {**config, "dropout": 0.2, "answers": True} for name, config in REFERENCES.items()}
 
 
 @dataclass(frozen=True)

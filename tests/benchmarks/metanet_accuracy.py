@@ -2,7 +2,8 @@
 
 For every population (a folder made by ``weightspace zoo build``) and every seed the training runs are dealt anew into
 65 % to train on, 10 % to choose the epoch by and 25 % to test on; all checkpoints of a run go together. Every method
-trains on the same networks for the same number of epochs. Flat baselines get the validation networks too.
+trains on the same networks for the same number of epochs. Flat baselines get the validation networks too. Rows with
+"answers" also hear what the networks answer to noise (``weightspace.metanets.answers``).
 
 Prints Kendall's τ, R² and the mean absolute error on the test networks, with 95 % intervals over seeds, beside
 chance (the mean of the training set).
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tests.benchmarks.comparison import OURS, REFERENCES, Results, Row, Split, Values, run_metanet, table, wanted
+from tests.benchmarks.comparison import ANSWERING, OURS, REFERENCES, Results, Row, Split, Values, run_metanet, table, wanted
 from weightspace.metanets.data import Sample, load_samples, split
 from weightspace.metanets.flat import FlatBaseline
 from weightspace.metanets.metrics import kendall_tau, mean_absolute_error, r_squared
@@ -35,6 +36,7 @@ FLAT = {
     "statistics + ridge": {"kind": "ridge"},
     "statistics + boosting": {"kind": "boosting"},
     "statistics + boosting, activation known": {"kind": "boosting", "activation": True},
+    "statistics and answers + boosting": {"kind": "boosting", "activation": True, "answers": True},
     "raw weights": {"kind": "raw"},
 }
 COLUMNS = ("tau", "r2", "mae", "seconds", "parameters")
@@ -78,7 +80,7 @@ def compare(
                 run_flat(name, options, parts, target, seed, results, {"zoo": zoo.name})
         if wanted("chance", methods, skip):
             chance(parts, target, seed, results, zoo.name)
-        for name, config in {**OURS, **REFERENCES}.items():
+        for name, config in {**OURS, **REFERENCES, **ANSWERING}.items():
             if wanted(name, methods, skip):
                 run_metanet(
                     name, config, parts, seed, scores(target), results, {"zoo": zoo.name}, target=target, epochs=epochs,

@@ -15,9 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.comparison import OURS, REFERENCES, Results, Split, parser, run_metanet, table, wanted
+from tests.benchmarks.comparison import ANSWERING, OURS, REFERENCES, Results, Split, parser, run_metanet, table, wanted
 from tests.benchmarks.metanet_accuracy import run_flat, scores
 from weightspace.metanets.data import Sample, load_samples, split
+
+FLAT: dict[str, dict[str, object]] = {
+    "statistics + ridge": {"kind": "ridge"},
+    "statistics + boosting": {"kind": "boosting"},
+    "statistics and answers + boosting": {"kind": "boosting", "answers": True},
+}
 
 
 def main() -> None:
@@ -53,15 +59,15 @@ def main() -> None:
 def run(parts: Split, without: str, seed: int, options: argparse.Namespace, results: Results) -> None:
     """Every method on one split."""
     key = {"without": without}
-    for name, config in {**OURS, **REFERENCES}.items():
+    for name, config in {**OURS, **REFERENCES, **ANSWERING}.items():
         if wanted(name, options.methods, options.skip):
             run_metanet(
                 name, config, parts, seed, scores("test_accuracy"), results, key, target="test_accuracy",
                 epochs=options.epochs, batch=32, average=0.98,
             )  # fmt: skip
-    for name, kind in (("statistics + ridge", "ridge"), ("statistics + boosting", "boosting")):
+    for name, kind in FLAT.items():
         if wanted(name, options.methods, options.skip):
-            run_flat(name, {"kind": kind, "activation": True}, parts, "test_accuracy", seed, results, key)
+            run_flat(name, {**kind, "activation": True}, parts, "test_accuracy", seed, results, key)
 
 
 if __name__ == "__main__":

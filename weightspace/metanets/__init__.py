@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weightspace.metanets.base import Metanet, build_metanet
 
 if TYPE_CHECKING:
+    from weightspace.metanets.answering import Answering
     from weightspace.metanets.augment import Augmentation
     from weightspace.metanets.data import Sample, load_samples, split
     from weightspace.metanets.edges import EdgeReference
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # Name -> module: torch_geometric and lightning load with what needs them.
 _LAZY = {
     "OperatorMetanet": "operator",
+    "Answering": "answering",
     "EdgeReference": "edges",
     "assert_equivariant": "equivariance",
     "NodeReadout": "readout",
@@ -35,8 +37,9 @@ _LAZY = {
 }
 
 __all__ = [
-    "Augmentation", "BlockReadout", "EdgeReference", "FlatBaseline", "Metanet", "NodeReadout", "OperatorMetanet",
-    "Sample", "Trained", "TrainingPlan", "assert_equivariant", "build_metanet", "fit", "load_samples", "split",
+    "Answering", "Augmentation", "BlockReadout", "EdgeReference", "FlatBaseline", "Metanet", "NodeReadout",
+    "OperatorMetanet", "Sample", "Trained", "TrainingPlan", "assert_equivariant", "build_metanet", "fit",
+    "load_samples", "split",
 ]  # fmt: skip
 
 

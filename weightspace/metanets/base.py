@@ -20,6 +20,7 @@ KINDS: Mapping[str, str] = {
     "gmn": "weightspace.metanets.gmn:Gmn",
     "neural-graphs": "weightspace.metanets.neural_graphs:NeuralGraphs",
     "scalegmn": "weightspace.metanets.scalegmn:ScaleGmn",
+    "answering": "weightspace.metanets.answering:Answering",
 }
 
 
@@ -73,9 +74,13 @@ class Metanet(nn.Module):
 def build_metanet(config: Mapping[str, Any]) -> Metanet:
     """A fresh metanet from its configuration: ``{"kind": "operator", "outputs": 1, …}``.
 
+    With ``"answers": True`` one of any kind hears the answers of the networks too (``metanets.answering``).
     Raises ``MetanetError`` for a kind or an option that does not exist.
     """
     options = dict(config)
+    if options.pop("answers", False):
+        inner = {k: v for k, v in options.items() if k != "outputs"}
+        options = {"kind": "answering", "inner": inner, **{k: v for k, v in options.items() if k == "outputs"}}
     kind = options.pop("kind", None)
     if kind not in KINDS:
         raise MetanetError(f"there is no metanet of the kind {kind!r}; known: {', '.join(KINDS)}")

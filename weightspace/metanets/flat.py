@@ -98,7 +98,8 @@ class FlatBaseline:
     - ``"raw"``: all weights as they lie in the tensors, their principal components and a linear model; for
       populations of one architecture. **Not** invariant to permutations: what comes of ignoring them.
 
-    ``activation`` adds ``activation_features``. ``task``: ``"regression"`` or ``"classification"``.
+    ``activation`` adds ``activation_features``, ``answers`` what networks answer (``metanets.answers``).
+    ``task``: ``"regression"`` or ``"classification"``.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class FlatBaseline:
         task: Literal["regression", "classification"] = "regression",
         activation: bool = False,
         seed: int = 0,
+        answers: bool = False,
     ) -> None:
         if kind not in KINDS:
             raise MetanetError(f"there is no flat baseline {kind!r}; known: {', '.join(KINDS)}")
@@ -115,6 +117,7 @@ class FlatBaseline:
         self.kind = kind
         self.task = task
         self.activation = activation
+        self.answers = answers
         self.seed = seed
         self._model: Any = None
         self._shapes: tuple[tuple[int, ...], ...] | None = None
@@ -172,6 +175,10 @@ class FlatBaseline:
             found = np.concatenate([_values(graph, name).numpy() for name in _tensors(graph)])
         else:
             found = stat_nn_features(graph) if self.kind.startswith("stat-") else tensor_statistics(graph)
+        if self.answers:
+            from weightspace.metanets.answers import answers
+
+            found = np.concatenate((found, answers(graph).numpy()))
         return np.concatenate((found, activation_features(graph))) if self.activation else found
 
     def _fitted(self) -> Any:

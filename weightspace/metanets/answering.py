@@ -1,0 +1,117 @@
+"""A metanet that also hears what the networks answer: any other metanet, and ``weightspace.metanets.answers``."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from weightspace.errors import MetanetError
+from weightspace.metanets.answers import ANSWERS, answers
+from weightspace.metanets.base import Metanet, build_metanet
+
+if TYPE_CHECKING:
+    from weightspace.graph import ParameterGraph
+
+_FAR = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A network as the inner metanet wants it, and its answers ``(ANSWERS,)``."""
+
+    inner: Any
+    answers: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Several of them: the inner metanet's batch, and ``answers (networks, ANSWERS)``."""
+
+    inner: Any
+    answers: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.answers)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.inner.to(device), self.answers.to(device))
+
+
+class Answering(Metanet):
+    """A metanet that reads weights and hears answers: ``(networks, outputs)``.
+
+    ``inner`` is the configuration of the metanet that reads the weights; its ``width`` outputs go into one read-out
+    with as many features of the answers, which are standardised by what it was trained on. Networks have to have a
+    program (see ``answers``). It keeps every symmetry that the inner metanet keeps.
+    """
+
+    def __init__(
+        self, outputs: int = 1, *, inner: Mapping[str, Any] | None = None, width: int = 64, dropout: float = 0.2
+    ) -> None:
+        super().__init__()
+        if min(outputs, width) < 1:
+            raise MetanetError("outputs and width must be at least 1")
+        self.inner = build_metanet({**(inner or {"kind": "operator"}), "outputs": width})
+        self.config = {
+            "kind": "answering", "outputs": outputs, "inner": self.inner.config, "width": width, "dropout": dropout,
+        }  # fmt: skip
+        self.scale = bool(getattr(self.inner, "scale", False))
+        self.standard = _Standard(len(ANSWERS))
+        self.heard = nn.Sequential(nn.Linear(len(ANSWERS), width), nn.GELU(), nn.Dropout(dropout))
+        self.head = nn.Sequential(
+            nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, outputs)
+        )
+
+    def prepare(self, graph: ParameterGraph) -> Item:
+        return Item(self.inner.prepare(graph), answers(graph))
+
+    @property
+    def preparation(self) -> Hashable:
+        return "answering", self.inner.preparation
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        inner = self.inner.collate([item.inner for item in items])
+        return Batch(inner, torch.stack([item.answers for item in items]))
+
+    def forward(self, batch: Batch) -> Tensor:
+        read = self.inner(batch.inner)
+        heard = self.heard(self.standard(batch.answers.to(read.dtype)))
+        found: Tensor = self.head(torch.cat((heard, read), dim=1))
+        return found
+
+    @property
+    def states(self) -> Any:
+        """States of axis elements as the inner metanet has them; absent where it has none."""
+        of_nodes = getattr(self.inner, "states", None)
+        if of_nodes is None:
+            raise AttributeError("states")
+        return lambda batch: of_nodes(batch.inner)
+
+
+class _Standard(nn.Module):
+    """Features in units of their deviation from the mean over everything seen in training, kept within four."""
+
+    count: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("square", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.count += len(x)
+                share = len(x) / self.count
+                self.mean += share * (x.mean(0) - self.mean)
+                self.square += share * (x.square().mean(0) - self.square)
+        spread = (self.square - self.mean.square()).clamp_min(0).sqrt()
+        return ((x - self.mean) / (spread + 1e-3)).clamp(-_FAR, _FAR)
