@@ -25,7 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tests.benchmarks.comparison import ANSWERING, OURS, REFERENCES, Results, Row, Split, Values, run_metanet, table, wanted
+from tests.benchmarks.comparison import (
+    ANSWERING,
+    OURS,
+    REFERENCES,
+    Results,
+    Row,
+    Split,
+    Values,
+    run_metanet,
+    table,
+    wanted,
+)
 from weightspace.metanets.data import Sample, load_samples, split
 from weightspace.metanets.flat import FlatBaseline
 from weightspace.metanets.metrics import kendall_tau, mean_absolute_error, r_squared
