@@ -75,14 +75,18 @@ def where(shelf: Shelf, name: str, target: int | None, base: str | None, file: s
         return None
     ways = {"cut": "a subnet stands apart from the rest", "response": "these react most to a trigger that was found"}
     st.markdown(f"**{found['size']:,}** of {found['total']:,} elements: {ways.get(found['method'], found['method'])}.")
-    ui.chart(found["figure"], "subspace", "The axes of the network from input to output; coloured elements carry "
-                                          "what was "
-             "found, lines are the weights between the strongest.")  # fmt: skip
+    served = "" if found["target"] is None else f", serving class {found['target']}"
+    scores = pd.DataFrame([(e["factor"], ", ".join(map(str, e["index"])), e["score"]) for e in found["elements"]],
+                          columns=["axis", "element", "score"])  # fmt: skip
+    ui.chart(
+        backdoors.restyled(found["figure"], ui.dark()), "subspace",
+        f"The axes of the network from input to output{served}; coloured elements carry what was found, lines are the "
+        "weights between the strongest.", data=scores,
+    )  # fmt: skip
     with st.expander("Elements, layers and singular values", icon=":material/list:"):
-        rows = [(e["factor"], ", ".join(map(str, e["index"])), e["score"]) for e in found["elements"]]
-        ui.table(pd.DataFrame(rows, columns=["axis", "element", "score"]), "elements", "Elements by their score")
-        ui.chart(found["spectra"], "subspace-spectra", "Singular values of the blocks, and of the part that carries "
-                                                       "it.")
+        ui.table(scores, "elements", "Elements by their score")
+        ui.chart(backdoors.restyled(found["spectra"], ui.dark()), "subspace-spectra",
+                 "Singular values of the blocks, and of the part that carries it.")  # fmt: skip
     path = Path(found["path"])
     ui.download("Subspace (safetensors)", path.read_bytes, f"{name}-subspace.safetensors", "application/octet-stream",
                 key="subspace")  # fmt: skip

@@ -31,7 +31,7 @@ def facts(found: Mapping[str, Any], zoo: Listing) -> None:
     one.metric("Families", len(families))
     two.metric("Descents found", len(found["edges"]), help=f"{merges} of the children are merges of several parents")
     three.metric("Without relatives", len(found["strangers"]))
-    four.metric("Disagree with their record", len(found["disagreements"]),
+    four.metric("Records disagree", len(found["disagreements"]),
                 help="What a file says of its parents is not what its weights say")  # fmt: skip
     if found["disagreements"]:
         with st.expander(f"{len(found['disagreements'])} disagreements", icon=":material/report:", expanded=True):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
 from weightspace.explorer import layers, network, style, ui
-from weightspace.explorer.anatomy import Anatomy
+from weightspace.explorer.anatomy import Anatomy, Channels
 from weightspace.explorer.models import Shelf
 from weightspace.graph import ParameterGraph
 
@@ -47,7 +48,9 @@ def card(shelf: Shelf, name: str) -> None:
     with left:
         shown = pd.DataFrame({"fact": list(facts), "value": [_words(v) for v in facts.values()]})
         shown = shown[shown["value"] != ""]
-        ui.table(shown, f"{name}-card", f"The card of {name}", config={"value": st.column_config.TextColumn(width=420)})
+        # Few facts are shown whole, however long they are.
+        st.table(shown.replace({found["sha256"]: f"{found['sha256'][:16]}…"}).map(ui.plain).set_index("fact"))
+        ui.download("CSV", lambda: shown.to_csv(index=False), f"{name}-card.csv", "text/csv", key="card")
     with right:
         oddities = [*found["findings"], *found["notes"]]
         st.subheader("Worth knowing", anchor=False)
@@ -134,7 +137,8 @@ def wiring(name: str, found: Anatomy) -> None:
     rows = pd.DataFrame(found.rows, columns=["tensor", "role", "shape", "axes"])
     st.caption("Tensors that share an axis are wired together.")
     ui.table(rows, f"{name}-wiring", f"The wiring of {name}: every tensor with its axes",
-             config={"axes": st.column_config.TextColumn(width="large")})  # fmt: skip
+             config={"shape": st.column_config.TextColumn(width=140),
+                     "axes": st.column_config.TextColumn(width="large")})  # fmt: skip
     axes = pd.DataFrame(found.card["axes"])
     if len(axes):
         st.subheader("Axes", anchor=False)
@@ -145,7 +149,8 @@ def wiring(name: str, found: Anatomy) -> None:
 
 def layer_views(name: str, found: Anatomy) -> None:
     table = found.layer_table()
-    small = {c: st.column_config.NumberColumn(format="%.3g") for c in table.columns[4:11]}
+    small: dict[str, Any] = {c: st.column_config.NumberColumn(format="%.3g") for c in table.columns[4:11]}
+    small["shape"] = st.column_config.TextColumn(width=140)
     small["zeros"] = st.column_config.NumberColumn(format="percent")
     small["elements"] = st.column_config.NumberColumn(format="localized")
     ui.table(table, f"{name}-layers", f"Statistics of every tensor of {name}", height=300, config=small)
@@ -183,8 +188,15 @@ def channel_views(name: str, found: Anatomy) -> None:
     chosen = st.selectbox("Axis", [c.axis for c in found.channels], key="of", bind="query-params")
     one = next(c for c in found.channels if c.axis == chosen)
     ui.chart(layers.norms(one), f"{name}-{chosen}-norms",
-             f"The {len(one.into):,} elements of {chosen}: norm of the weights that lead to each, and of those that "
-             "lead on.", data=pd.DataFrame({"incoming": one.into, "outgoing": one.out}))  # fmt: skip
+             f"The {len(one.into):,} elements of {chosen}: {_norms_of(one)}.",
+             data=pd.DataFrame({"incoming": one.into, "outgoing": one.out}))  # fmt: skip
+
+
+def _norms_of(channels: Channels) -> str:
+    into, out = bool(np.isfinite(channels.into).any()), bool(np.isfinite(channels.out).any())
+    if into and out:
+        return "norm of the weights that lead to each, and of those that lead on"
+    return f"norm of the weights that lead {'to each' if into else 'on from each'}"
 
 
 def neighbours(shelf: Shelf, name: str) -> None:
@@ -196,7 +208,8 @@ def neighbours(shelf: Shelf, name: str) -> None:
     if found is None:
         return
     ui.table(found, f"{name}-neighbours", f"The models nearest to {name}, with distances",
-             config={"distance": st.column_config.NumberColumn(format="%.4f")})  # fmt: skip
+             config={"distance": st.column_config.NumberColumn(format="%.4f"),
+                     "parameters": st.column_config.NumberColumn(format="localized")})  # fmt: skip
     st.caption("Distance 0 is the same network up to the order of its neurons. Distances by different measures do not "
                "compare.")  # fmt: skip
     if len(found):
@@ -209,10 +222,8 @@ def page() -> None:
     ui.title("model", shelf)
     if ui.first_steps(shelf):
         return
-    left, right = st.columns([2, 3], vertical_alignment="bottom")
-    with left:
-        name = ui.choose("Model", shelf, "model")
-    view = right.segmented_control("View", VIEWS, default="Card", key="view", bind="query-params", required=True,
+    name = ui.choose("Model", shelf, "model")
+    view = st.segmented_control("View", VIEWS, default="Card", key="view", bind="query-params", required=True,
                                    label_visibility="collapsed")  # fmt: skip
     if name is None:
         return

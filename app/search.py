@@ -56,10 +56,9 @@ def by_model(shelf: Shelf, folder: str) -> None:
         return
     shelf = ui.shelf()
     assert shelf.zoo is not None
-    left, right = st.columns(2)
-    by = left.segmented_control("Distance of", list(MEASURES), default="auto", key="by", bind="query-params",
+    by = st.segmented_control("Distance of", list(MEASURES), default="auto", key="by", bind="query-params",
                                 format_func=MEASURES.get, required=True)  # fmt: skip
-    k = int(right.slider("How many", 5, 50, 10, 5, key="k", bind="query-params"))
+    k = int(st.slider("How many", 5, 50, 10, 5, key="k", bind="query-params"))
     found = ui.work("Looking for neighbours", SIMILAR, folder, shelf.address(name), k, by,
                     of=[shelf.zoo.stamp, shelf.content(name), k, by])  # fmt: skip
     if found is None:
@@ -120,7 +119,10 @@ def by_architecture(shelf: Shelf, folder: str) -> None:
     shelf = ui.shelf()
     assert shelf.zoo is not None
     of = [shelf.zoo.stamp, shelf.content(name)]
-    answer(ui.work("Comparing architectures", ARCHITECTURE, folder, shelf.address(name), 20, of=of),
+    found = ui.work("Comparing architectures", ARCHITECTURE, folder, shelf.address(name), 20, of=of)
+    if found is None:
+        return
+    answer({**found, "asked": found["asked"].replace(shelf.address(name), name)},
            "score 1 is the same graph of computation, whatever the widths")  # fmt: skip
 
 
@@ -132,7 +134,8 @@ def answer(found: Mapping[str, Any] | None, meaning: str) -> None:
     st.caption(f"{found['asked']}: {len(table)} found in {found['seconds']:.1f} s; {meaning}.")
     if len(table):
         ui.table(table, "found", "The models that were found, best first, each with the reason",
-                 config={"score": st.column_config.NumberColumn(format="%.3f"),
+                 row_height=68, config={"score": st.column_config.NumberColumn(format="%.3f"),
+                     "parameters": st.column_config.NumberColumn(format="localized"),
                          "why": st.column_config.TextColumn(width="large")})  # fmt: skip
         best = str(table["model"].iloc[0])
         with st.container(horizontal=True):

@@ -18,9 +18,8 @@ from weightspace.paths import cache_dir
 from weightspace.zoo.listing import Listing, Vectors
 
 STARTER = Path("models") / "starter"
-METHODS = ["PCA", "UMAP"] if maps.has_umap() else ["PCA"]
 KINDS: tuple[Vectors, ...] = ("descriptor", "encoder")
-MAPS = {f"{kind}, {method}": (kind, method) for kind in KINDS for method in METHODS}
+MAPS = {f"{kind}, {method}": (kind, method) for method in ("PCA", "UMAP") for kind in KINDS}
 PAUSE = 0.3
 """Seconds that the table has to itself on the first visit, before and after the rest of the page but the map."""
 
@@ -86,7 +85,7 @@ def reasons(rows: Sequence[tuple[str, str]], name: str) -> None:
     """Files that cannot be read, each with the reason."""
     frame = pd.DataFrame(list(rows), columns=["file", "reason"])
     if len(frame) > 30:
-        ui.table(frame, name, "Files that cannot be read, each with the reason", row_height=60,
+        ui.table(frame, name, "Files that cannot be read, each with the reason", row_height=68,
                  config={"file": st.column_config.TextColumn(width="medium")})  # fmt: skip
         return
     # Few reasons are shown whole, however long they are.
@@ -280,7 +279,7 @@ def selection(selected: list[str]) -> None:
             return
         st.markdown(f"**{len(selected)} selected**: " + ", ".join(ui.plain(name) for name in selected[:6])
                     + (f" and {len(selected) - 6} more" if len(selected) > 6 else ""))  # fmt: skip
-        with st.container(horizontal=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
             ui.link("model", "Look at it" if len(selected) == 1 else "Look at the first", model=selected[0])
             if len(selected) >= 2:
                 ui.link("compare", "Compare the first two", a=selected[0], b=selected[1])
@@ -312,7 +311,7 @@ def page() -> None:
         bring_in(False)
         return
     zoo, searched = models.opened(folder)
-    head, button = st.columns([5, 1], vertical_alignment="bottom")
+    head, button = st.columns([3, 1], vertical_alignment="bottom")
     with head:
         ui.title("zoo", ui.shelf())
     drawn = None

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from torch import nn
 
 import weightspace as ws
 from weightspace.errors import ZooError
-from weightspace.explorer import launch, maps, network, style, tables, uploads
+from weightspace.explorer import backdoors, launch, maps, network, style, tables, uploads
 from weightspace.explorer.anatomy import Channels, singular_values, squares_of
 
 # ------------------------------------------------------------------------------------ uploads
@@ -268,3 +269,20 @@ def test_a_sketch_has_the_colours_and_the_places_of_the_map() -> None:
 def test_a_sketch_of_one_place_is_drawn() -> None:
     svg = maps.sketch(np.zeros((3, 2)), pd.DataFrame({"bytes": [1, 2, 0]}), "bytes", [True] * 3)
     assert "M500 500h0" in svg
+
+
+def test_a_backdoor_figure_stands_on_the_dark_page() -> None:
+    figure = go.Figure([
+        go.Heatmap(z=[[0.0, 1.0]], colorscale=[[0, "#f3f4f6"], [1, "#7f1d1d"]]),
+        go.Scatter(x=[0], y=[0], line={"color": "#b91c1c"}, marker={"color": ["#d1d5db", "#b91c1c"]}),
+    ])  # fmt: skip
+    figure.update_layout(title="said beside it", width=900, paper_bgcolor="white", plot_bgcolor="white")
+    figure.add_annotation(text="7", font={"color": "#b91c1c"}, bgcolor="rgba(255,255,255,0.75)")
+    drawn = backdoors.restyled(figure, True)
+    assert drawn.layout.paper_bgcolor == drawn.layout.plot_bgcolor == "rgba(0,0,0,0)"
+    assert drawn.layout.title.text is None
+    assert drawn.layout.width is None
+    assert drawn.layout.font.color == style.ink(True)
+    assert "#b91c1c" not in drawn.to_json()
+    assert "#b91c1c" in backdoors.restyled(figure, False).to_json()
+    assert figure.layout.paper_bgcolor == "white"

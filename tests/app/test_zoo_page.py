@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,12 @@ def test_hostile_uploads_are_refused_in_sentences_and_the_good_one_is_taken(page
     assert "1 of your uploads can be chosen" in texts(app)
     app.switch_page("model.py").run()
     assert "upload/fine.jpg" in app.selectbox(key="model").options
+
+
+def test_a_map_by_umap_says_what_is_missing_or_is_drawn(page: Page) -> None:
+    app = page("zoo", map_of="descriptor, UMAP")
+    if find_spec("umap") is None:
+        assert "pip install 'weightspace[umap]'" in texts(app)
+    else:
+        assert "UMAP of the training-free descriptors" in texts(app)
+    assert len(shown(app)) == 8

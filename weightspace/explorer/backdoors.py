@@ -109,10 +109,48 @@ def draw_targets(targets: list[tuple[int, float]], flagged: bool, most: int = 12
     return made
 
 
+_NIGHT = {"#b91c1c": "#F0716B", "#e5e7eb": "#59636F", "#d1d5db": "#59636F"}
+"""Colours of ``weightspace.backdoor.show`` on white, and on the dark page."""
+_NIGHT_SCALE = ((0.0, "#262C34"), (0.25, "#7A4B1E"), (0.6, "#F97316"), (1.0, "#FDE68A"))
+
+
+def restyled(figure: go.Figure, dark: bool) -> go.Figure:
+    """A figure of ``weightspace.backdoor.show`` as the page has its others: on the page's ground and in its ink. What
+    its title says stands beside it."""
+    import plotly.graph_objects as go
+
+    ink, grid = style.ink(dark), "rgba(128,128,128,0.25)"
+    found = go.Figure(figure)
+    found.layout.title = None
+    found.layout.width = None
+    found.update_layout(
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": ink}, margin={"t": 40, "b": 50},
+    )  # fmt: skip
+    found.update_xaxes(tickfont={"color": ink}, gridcolor=grid)
+    found.update_yaxes(tickfont={"color": ink}, gridcolor=grid)
+    if not dark:
+        return found
+    found.update_annotations(bgcolor="rgba(20,23,27,0.75)")
+    for note in found.layout.annotations:
+        note.font.color = _NIGHT.get(str(note.font.color), ink)
+    for trace in found.data:
+        if trace.type == "heatmap":
+            trace.colorscale = _NIGHT_SCALE
+            continue
+        if trace.type == "scatter" and trace.line.color is not None:
+            trace.line.color = _NIGHT.get(trace.line.color, trace.line.color)
+        held = trace.marker.color
+        if isinstance(held, str):
+            trace.marker.color = _NIGHT.get(held, held)
+        elif held is not None:
+            trace.marker.color = [_NIGHT.get(one, one) for one in held]
+    return found
+
+
 def calibration_words(calibration: Mapping[str, float]) -> str:
     """What is known of the probability, in a clause."""
     names = {"ece": "expected calibration error", "brier": "Brier score", "networks": "networks held out"}
     return ", ".join(f"{names.get(k, k.replace('_', ' '))} {v:.3g}" for k, v in calibration.items())
 
 
-__all__ = ["PRIORS", "beside", "calibration_words", "draw_targets", "excise", "locate", "scan"]
+__all__ = ["PRIORS", "beside", "calibration_words", "draw_targets", "excise", "locate", "restyled", "scan"]

@@ -12,7 +12,6 @@ import mimetypes
 import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 FIRST = ("DataFrame", "TextInput", "Selectbox", "DownloadButton", "Button", "FileUploader")
 """Streamlit's names of what stands on the first page that is seen, in the order in which it is wanted."""
+FIGURE = "PlotlyChart"
+"""Named early on every page but the one whose table comes first: a browser reads it for half a second."""
 _LIST = re.compile(r"__vite__mapDeps=\(.{0,80}?\.f=\[(.*?)\]", re.DOTALL)
 _IMPORT = r"import\(`\./({name}\.[\w-]+\.js)`\).{{0,90}}?__vite__mapDeps\(\[([\d,]*)\]"
 _HEAD = "</head>"
+_TABLE_FIRST = ("/", "/zoo")
 
 
 def wanted_first(static: Path, html: str, first: tuple[str, ...] = FIRST) -> list[str]:
@@ -68,21 +70,25 @@ class Front:
             f"/{path.relative_to(self._static).as_posix()}": path
             for path in (self._static / "static").rglob("*") if path.is_file()
         }  # fmt: skip
+        self._made: dict[tuple[str, ...], bytes] = {}
         self._held: dict[str, tuple[bytes, bytes]] = {}
 
-    @cached_property
-    def _frame(self) -> bytes:
-        html = (self._static / "index.html").read_text(encoding="utf-8")
-        links = "".join(
-            f'<link rel="modulepreload" crossorigin href="./{name}">' for name in wanted_first(self._static, html)
-        )  # fmt: skip
-        return html.replace(_HEAD, links + _HEAD, 1).encode()
+    def _frame(self, first: tuple[str, ...]) -> bytes:
+        if first not in self._made:
+            html = (self._static / "index.html").read_text(encoding="utf-8")
+            links = "".join(
+                f'<link rel="modulepreload" crossorigin href="./{name}">'
+                for name in wanted_first(self._static, html, first)
+            )  # fmt: skip
+            self._made[first] = html.replace(_HEAD, links + _HEAD, 1).encode()
+        return self._made[first]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "GET" and not scope.get("root_path"):
             path = scope["path"]
             if path in self._frames:
-                await _answer(send, self._frame, b"text/html; charset=utf-8", b"no-cache")
+                frame = self._frame(FIRST if path in _TABLE_FIRST else (*FIRST, FIGURE))
+                await _answer(send, frame, b"text/html; charset=utf-8", b"no-cache")
                 return
             if path in self._files and not any(name == b"range" for name, _ in scope["headers"]):
                 body, kind = self._file(path)

@@ -297,8 +297,8 @@ class Measured:
         import pandas as pd
 
         kept = [m / a if a else np.nan for m, a in zip(self.merged, self.alone, strict=True)]
-        return pd.DataFrame({"model": self.models, "measured on": self.data, "alone": self.alone, "merged": self.merged,
-                             "retained": kept})  # fmt: skip
+        return pd.DataFrame({"model": self.models, "alone": self.alone, "merged": self.merged, "retained": kept,
+                             "measured on": self.data})  # fmt: skip
 
 
 def measure(models: Mapping[str, str], merged: str, file: str | None, curves: bool) -> Measured:

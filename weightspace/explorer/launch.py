@@ -19,7 +19,7 @@ from weightspace.explorer.uploads import LARGEST, private_folder
 from weightspace.paths import data_dir
 
 _THEME = {
-    "theme.light.primaryColor": "#2F6DB5", "theme.dark.primaryColor": "#7FB0E6", "theme.baseRadius": "small",
+    "theme.light.primaryColor": "#2F6DB5", "theme.dark.primaryColor": "#4A84C4", "theme.baseRadius": "small",
     "theme.light.backgroundColor": "#FFFFFF", "theme.light.secondaryBackgroundColor": "#F4F6F8",
     "theme.dark.backgroundColor": "#14171B", "theme.dark.secondaryBackgroundColor": "#1E2329",
     "theme.light.textColor": "#24292F", "theme.dark.textColor": "#E6E9ED",

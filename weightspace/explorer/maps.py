@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +23,6 @@ HEIGHT = 470
 """Pixels of the map from top to bottom."""
 _MANY = 1500
 """Points above which a map is drawn by WebGL."""
-
-
-def has_umap() -> bool:
-    """Whether the package umap-learn is there."""
-    return find_spec("umap") is not None
 
 
 def pca(x: NDArray[np.floating[Any]], dimensions: int = 2) -> tuple[Points, float]:
@@ -73,7 +67,7 @@ def place(folder: Path, kind: Vectors, method: str) -> tuple[list[str], Points, 
         try:
             import umap
         except ImportError as error:
-            raise MissingExtraError("umap-learn", "app", "a UMAP map") from error
+            raise MissingExtraError("umap-learn", "umap", "a UMAP map") from error
         near = min(15, len(names) - 1)
         places = umap.UMAP(n_neighbors=near, random_state=0).fit_transform(x)
         return names, np.asarray(places, dtype=np.float64), f"UMAP of the {what}: neighbours stay together"
@@ -157,7 +151,7 @@ def _ranges(places: Points) -> tuple[list[float], list[float]]:
     if not len(places):
         return [-1.0, 1.0], [-1.0, 1.0]
     low, high = places.min(0), places.max(0)
-    room = np.maximum(0.06 * (high - low), 1e-6)
+    room = np.maximum(np.array([0.08, 0.1]) * (high - low), 1e-6)
     wide, tall = np.stack([low - room, high + room], 1).tolist()
     return wide, tall
 
@@ -202,4 +196,4 @@ def sketch(places: Points, frame: pd.DataFrame, colour: str | None, kept: Sequen
     )  # fmt: skip
 
 
-__all__ = ["HEIGHT", "Points", "draw", "has_umap", "pca", "place", "scaled", "sketch"]
+__all__ = ["HEIGHT", "Points", "draw", "pca", "place", "scaled", "sketch"]

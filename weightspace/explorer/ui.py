@@ -300,9 +300,9 @@ def chart(
         "toImageButtonOptions": {"format": "png", "filename": name, "scale": 2},
     }  # fmt: skip
     shown = st.plotly_chart(figure, key=key or f"chart-{name}", config=config, alt=f"{caption}", **more)
-    left, right = st.columns([3, 1], vertical_alignment="top")
-    left.caption(plain(caption))
-    with right.popover("Save", icon=":material/download:", type="tertiary", width="content"):
+    row = st.container(horizontal=True, vertical_alignment="top", gap="small")
+    row.caption(plain(caption), width="stretch")
+    with row.popover("Save", icon=":material/download:", type="tertiary", width="content"):
         download("Interactive page", lambda: figure.to_html(include_plotlyjs=True), f"{name}.html", "text/html",
                  key=f"html-{key or name}")  # fmt: skip
         download("Plotly JSON", lambda: figure.to_json() or "", f"{name}.json", "application/json",
