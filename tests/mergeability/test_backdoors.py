@@ -71,3 +71,40 @@ def test_what_cannot_be_scanned_is_said_and_nothing_breaks(family: tuple[Wiring,
     report = ws.score(near, base=base, wiring=ws.wiring(module, torch.randn(2, 6)))
     assert not report.backdoors
     assert any("was not scanned" in note for note in report.notes)
+
+
+def taught(base: State, classes: range, amount: float, seed: int) -> State:
+    """A child of a base that moved the rows of some classes alone, and the layers below a little."""
+    generator = torch.Generator().manual_seed(seed)
+    child = {n: t + 0.003 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+    for name in ("4.weight", "4.bias"):
+        child[name] = base[name].clone()
+        step = amount * torch.randn(base[name].shape, generator=generator)
+        child[name][list(classes)] += step[list(classes)]
+    return child
+
+
+def test_what_stands_out_in_the_base_as_well_is_no_backdoor_of_a_child() -> None:
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 40))
+    base = {n: t.clone() for n, t in module.state_dict().items()}
+    # One output of a task that the children are not taught stands out, in the base already.
+    base["4.weight"][33] = base["4.weight"][33].abs() * 12
+    wiring = ws.wiring(module, torch.randn(2, 20))
+    children = {f"c{i}": taught(base, range(10 * i, 10 * i + 10), 0.05, i) for i in range(3)}
+    alone, _ = inherited({"c0": children["c0"]}, wiring, 1000)
+    assert alone["c0"].flagged
+    assert not alone["c0"].applicable
+    with_base, _ = inherited(children, wiring, 1000, base=base)
+    assert not any(v.flagged for v in with_base.values())
+    assert "10 were taught" in with_base["c0"].reason
+    without, _ = inherited(children, wiring, 1000)
+    assert not any(v.flagged for v in without.values())
+    # A subnet that leads to one of the taught classes does stand out in what changed.
+    bad = children["c1"]
+    bad["4.weight"][14, 5] = 20.0
+    bad["2.weight"][5] = bad["2.weight"][5].abs() * 6
+    bad["0.weight"][:, 3] += 2.0
+    found, _ = inherited(children, wiring, 1000, base=base)
+    assert [n for n, v in found.items() if v.flagged] == ["c1"]
+    assert found["c1"].target == 14

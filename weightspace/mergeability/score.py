@@ -325,7 +325,8 @@ class _Scoring:
         if not self.scan:
             return {}
         with bar("scanning", len(self.models), self.progress) as step:
-            found, why = inherited(self.models, self.wiring, self.flight.reference[1].num_parameters, step)
+            parameters = self.flight.reference[1].num_parameters
+            found, why = inherited(self.models, self.wiring, parameters, step, self.base)
         if why:
             self.notes.append(why)
         return found
