@@ -121,11 +121,12 @@ def making(shelf: Shelf, names: list[str], base: str | None, best: str | None) -
             words, key = one.name.replace("_", " "), f"hyper-{method}-{one.name}"
             with boxes[i % 3]:
                 if isinstance(one.default, bool):
-                    value: float | bool = st.checkbox(words, one.default, key=key)
+                    value: float | bool = st.checkbox(words, one.default, key=key, bind="query-params")
                 elif one.whole:
-                    value = st.number_input(words, value=int(one.default), step=1, key=key)
+                    value = st.number_input(words, value=int(one.default), step=1, key=key, bind="query-params")
                 else:
-                    value = st.number_input(words, value=float(one.default), step=0.05, format="%g", key=key)
+                    value = st.number_input(words, value=float(one.default), step=0.05, format="%g", key=key,
+                                            bind="query-params")  # fmt: skip
             if value != one.default:
                 hyper[one.name] = value
         if not settings:

@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from weightspace.explorer import layers, network, style, ui
-from weightspace.explorer.anatomy import Anatomy, Channels
+from weightspace.explorer.anatomy import Anatomy, Channels, Structure
 from weightspace.explorer.models import Shelf
 from weightspace.graph import ParameterGraph
 
@@ -68,9 +68,7 @@ def _words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def anatomy(shelf: Shelf, name: str) -> Anatomy | None:
-    examine = "weightspace.explorer.anatomy:examine"
-    return ui.work(f"Reading {name}", examine, shelf.address(name), of=[shelf.content(name)])
+STRUCTURE, EXAMINE = (f"weightspace.explorer.anatomy:{name}" for name in ("structure", "examine"))
 
 
 def picked() -> None:
@@ -81,7 +79,7 @@ def picked() -> None:
         st.session_state["axis"] = found[0]
 
 
-def graph(shelf: Shelf, name: str, found: Anatomy) -> None:
+def graph(shelf: Shelf, name: str, found: Structure) -> None:
     if found.graph is None:
         st.info(f"There is no graph of a network that is not wired: {ui.plain(found.why)}", icon=":material/info:")
         return
@@ -108,10 +106,11 @@ def graph(shelf: Shelf, name: str, found: Anatomy) -> None:
              f"{told}. Discs are axes, lines the tensors between them; dotted lines tie heads or pixels to what they "
              "are part of.", key="graph", on_select=picked, selection_mode="points")  # fmt: skip
     if axis is not None:
-        neurons(shelf, name, axis, structure.cells[axis].size)
+        ends = [sum(b.dst == axis for b in structure.blocks), sum(b.src == axis for b in structure.blocks)]
+        neurons(shelf, name, axis, structure.cells[axis].size, max(ends))
 
 
-def neurons(shelf: Shelf, name: str, axis: str, size: int) -> None:
+def neurons(shelf: Shelf, name: str, axis: str, size: int, bundles_at: int) -> None:
     st.subheader(f"Neurons of {ui.plain(axis)}", anchor=False)
     first = 0
     if size > 40:
@@ -125,13 +124,16 @@ def neurons(shelf: Shelf, name: str, axis: str, size: int) -> None:
         return
     ui.chart(network.draw_axis(axis, bundles, ui.dark()), f"{name}-{axis}",
              f"Elements {first} to {min(first + 40, size) - 1} of {size:,}, and the strongest weights into and out of "
-             "them: blue above zero, red below; kernels by their strongest entry.")  # fmt: skip
+             "them: blue above zero, red below; kernels by their strongest entry."
+             + (f" Of up to {bundles_at} bundles on a side the first {network.SIDES}." if bundles_at > network.SIDES
+                else ""))  # fmt: skip
 
 
-def wiring(name: str, found: Anatomy) -> None:
+def wiring(shelf: Shelf, name: str, found: Structure) -> None:
     if found.why:
         st.info(ui.plain(found.why), icon=":material/info:")
-    proof = found.card["proof"]
+    known = shelf.card(name)
+    proof = known["proof"]
     if proof:
         st.success(f"Proof: {ui.plain(proof)}.", icon=":material/verified:")
     rows = pd.DataFrame(found.rows, columns=["tensor", "role", "shape", "axes"])
@@ -139,7 +141,7 @@ def wiring(name: str, found: Anatomy) -> None:
     ui.table(rows, f"{name}-wiring", f"The wiring of {name}: every tensor with its axes",
              config={"shape": st.column_config.TextColumn(width=140),
                      "axes": st.column_config.TextColumn(width="large")})  # fmt: skip
-    axes = pd.DataFrame(found.card["axes"])
+    axes = pd.DataFrame(known["axes"])
     if len(axes):
         st.subheader("Axes", anchor=False)
         axes = axes[(axes["size"] > 1) & (axes["detail"] != "kernel positions")]
@@ -237,17 +239,16 @@ def page() -> None:
     if view == "Neighbours":
         neighbours(shelf, name)
         return
-    found = anatomy(shelf, name)
-    if found is None:
+    of = [shelf.content(name)]
+    if view in ("Graph", "Wiring"):
+        # Neither reads weights, so neither waits for them.
+        found = ui.work(f"Wiring {name}", STRUCTURE, shelf.address(name), of=of)
+        if found is not None:
+            graph(shelf, name, found) if view == "Graph" else wiring(shelf, name, found)
         return
-    if view == "Graph":
-        graph(shelf, name, found)
-    elif view == "Wiring":
-        wiring(name, found)
-    elif view == "Layers":
-        layer_views(name, found)
-    else:
-        channel_views(name, found)
+    read = ui.work(f"Reading {name}", EXAMINE, shelf.address(name), of=of)
+    if read is not None:
+        layer_views(name, read) if view == "Layers" else channel_views(name, read)
 
 
 page()

@@ -1,11 +1,12 @@
 """One network taken apart for its page: wiring table, graph, layers, channels. Everything here is picklable and small.
 
-``examine`` reads every weight once, tensor by tensor, in a worker; nothing in its result grows with the number of
-weights, so that a model of a billion parameters is shown as quickly as one of a thousand.
+``structure`` reads no weights: the graph of a billion parameters is there in seconds. ``examine`` reads every weight
+once, tensor by tensor, in a worker; nothing in its result grows with the number of weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from weightspace.checkpoint import Checkpoint
     from weightspace.graph import ParameterGraph
     from weightspace.wiring.wiring import Wiring
 
@@ -98,16 +100,21 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """What ``examine`` found. ``graph`` is the structure alone (``ParameterGraph.describe``), None where there is none;
-    ``rows`` the wiring table: tensor, role, shape, axes. ``why`` says what is missing and why."""
+class Structure:
+    """What ``structure`` found without reading weights. ``graph``: as ``ParameterGraph.describe`` has it, None where
+    there is none; ``rows`` the wiring table: tensor, role, shape, axes. ``why`` says what is missing and why."""
 
-    card: Mapping[str, Any]
     rows: tuple[tuple[str, str, str, str], ...]
-    layers: tuple[Layer, ...]
-    channels: tuple[Channels, ...]
     graph: Mapping[str, Any] | None
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What ``examine`` found in the weights."""
+
+    layers: tuple[Layer, ...]
+    channels: tuple[Channels, ...]
 
     def layer_table(self) -> pd.DataFrame:
         """A row per tensor."""
@@ -138,38 +145,68 @@ class Anatomy:
         return pd.DataFrame(rows[:_LISTED], columns=columns)
 
 
-def examine(address: str) -> Anatomy:
-    """Read a model through. Raises ``CheckpointError`` for a file that cannot be read."""
-    from weightspace.card import card_and_wiring
+def structure(address: str) -> Structure:
+    """How a model is wired: no weight is read but those that a proof draws, so that a billion parameters take seconds.
+    Raises ``CheckpointError`` for a file that cannot be read."""
     from weightspace.checkpoint import open as open_checkpoint
     from weightspace.graph import graph as parameter_graph
 
     checkpoint = open_checkpoint(address)
     with bar("wiring", 1) as step:
-        card, wiring = card_and_wiring(checkpoint)
+        wiring, why = _wired(checkpoint)
         step("")
-    why = "" if wiring is not None else "; ".join(card.notes)
-    roles = {} if wiring is None else wiring.roles
-    names = [n for n in roles if n in checkpoint] + [n for n in checkpoint if n not in roles]
-    rows, layers = [], []
-    with bar("layers", len(names)) as step:
-        for name in names:
-            axes = () if wiring is None or name not in wiring else tuple(a.name for a in wiring[name])
-            shape = tuple(checkpoint.shape(name))
-            role = str(roles.get(name, ""))
-            rows.append((name, role, " × ".join(map(str, shape)) or "1", ", ".join(axes)))
-            layers.append(layer(name, checkpoint[name], role, axes, wiring))
-            step(name)
-    channels: list[Channels] = []
+    rows = []
+    for name in _ordered(checkpoint, wiring):
+        axes = () if wiring is None or name not in wiring else tuple(a.name for a in wiring[name])
+        role = "" if wiring is None else str(wiring.roles.get(name, ""))
+        rows.append((name, role, " × ".join(map(str, checkpoint.shape(name))) or "1", ", ".join(axes)))
     described = None
     if wiring is not None:
         try:
-            graph = parameter_graph(checkpoint, wiring)
-            described = graph.describe()
-            channels = channels_of(graph)
+            described = parameter_graph(checkpoint, wiring).describe()
         except WeightspaceError as error:
             why = str(error)
-    return Anatomy(card.to_dict(), tuple(rows), tuple(layers), tuple(channels), described, why)
+    return Structure(tuple(rows), described, why)
+
+
+def examine(address: str) -> Anatomy:
+    """Read every weight once. Raises ``CheckpointError`` for a file that cannot be read."""
+    from weightspace.checkpoint import open as open_checkpoint
+    from weightspace.graph import graph as parameter_graph
+
+    checkpoint = open_checkpoint(address)
+    with bar("wiring", 1) as step:
+        wiring, _ = _wired(checkpoint)
+        step("")
+    layers = []
+    names = _ordered(checkpoint, wiring)
+    with bar("layers", len(names)) as step:
+        for name in names:
+            axes = () if wiring is None or name not in wiring else tuple(a.name for a in wiring[name])
+            role = "" if wiring is None else str(wiring.roles.get(name, ""))
+            layers.append(layer(name, checkpoint[name], role, axes, wiring))
+            step(name)
+    channels: list[Channels] = []
+    if wiring is not None:
+        # Without a graph there are no channels; the page on the graph says why.
+        with contextlib.suppress(WeightspaceError):
+            channels = channels_of(parameter_graph(checkpoint, wiring))
+    return Anatomy(tuple(layers), tuple(channels))
+
+
+def _wired(checkpoint: Checkpoint) -> tuple[Wiring | None, str]:
+    from weightspace.wiring import wiring as find_wiring
+
+    try:
+        return find_wiring(checkpoint), ""
+    except WeightspaceError as error:
+        return None, str(error)
+
+
+def _ordered(checkpoint: Checkpoint, wiring: Wiring | None) -> list[str]:
+    """Tensors in order of use, then the others."""
+    roles = {} if wiring is None else wiring.roles
+    return [n for n in roles if n in checkpoint] + [n for n in checkpoint if n not in roles]
 
 
 def layer(name: str, tensor: Tensor, role: str, axes: tuple[str, ...], wiring: Wiring | None) -> Layer:
@@ -262,4 +299,7 @@ def squares_of(matrix: Tensor) -> tuple[Array, Array]:
     return rows.numpy(), columns.numpy()
 
 
-__all__ = ["Anatomy", "Channels", "Layer", "channels_of", "examine", "layer", "singular_values", "squares_of"]
+__all__ = [
+    "Anatomy", "Channels", "Layer", "Structure", "channels_of", "examine", "layer", "singular_values", "squares_of",
+    "structure",
+]  # fmt: skip

@@ -26,6 +26,8 @@ _HUB = 5
 """Blocks that meet at an axis for it to be a stream that others hang on."""
 _MOST = 40
 """Neurons of an axis that are drawn at once."""
+SIDES = 3
+"""Bundles of weights that are opened on either side of an axis."""
 _EDGES = 260
 """Weights that are drawn at once."""
 
@@ -318,9 +320,10 @@ class Bundle:
 
 
 def open_axis(address: str, cell: str, first: int = 0) -> list[Bundle]:
-    """The blocks at an axis, at most 40 of its elements from ``first`` on, each with the 40 strongest others.
+    """The first three blocks into an axis and out of it, at most 40 of its elements from ``first`` on, each with the 40
+    strongest others.
 
-    For a worker: it reads the tensors of these blocks. Raises ``GraphError`` for an axis that is not there.
+    For a worker: it reads the tensors of these blocks alone. Raises ``GraphError`` for an axis that is not there.
     """
     import torch
 
@@ -334,7 +337,9 @@ def open_axis(address: str, cell: str, first: int = 0) -> list[Bundle]:
         raise GraphError(f"the network has no axis {cell!r}; it has {', '.join(list(graph.cells)[:6])} …")
     wanted = torch.arange(first, min(first + _MOST, graph.cells[cell].size))
     found = []
-    touching = [b for b in graph.blocks if cell in (b.src, b.dst)]
+    ends = [[b for b in graph.blocks if b.dst == cell], [b for b in graph.blocks if b.src == cell]]
+    near = {b.label for some in ends for b in some[:SIDES]}
+    touching = [b for b in graph.blocks if b.label in near]
     with bar("weights", len(touching)) as step:
         for block in touching:
             matrix = block.matrix(graph.real(block.tensor))
@@ -378,8 +383,8 @@ def draw_axis(cell: str, bundles: Sequence[Bundle], dark: bool = False) -> go.Fi
     import plotly.graph_objects as go
 
     made = style.figure(height=520, xaxis={"visible": False}, yaxis={"visible": False})
-    left = [b for b in bundles if b.incoming and b.matrix.size][:3]
-    right = [b for b in bundles if not b.incoming and b.matrix.size][:3]
+    left = [b for b in bundles if b.incoming and b.matrix.size][:SIDES]
+    right = [b for b in bundles if not b.incoming and b.matrix.size][:SIDES]
     own = bundles[0].own if bundles else np.zeros(0, dtype=np.int64)
     heights = dict(zip(own.tolist(), np.linspace(1, -1, len(own)) if len(own) > 1 else [0.0], strict=True))
     dots: list[tuple[float, float, str]] = [(0.0, h, f"{cell} {i}") for i, h in heights.items()]
@@ -432,4 +437,4 @@ def _weights(
                                           hoverinfo="skip", showlegend=False))  # fmt: skip
 
 
-__all__ = ["Bundle", "Drawing", "Edge", "Node", "arrange", "draw", "draw_axis", "open_axis"]
+__all__ = ["SIDES", "Bundle", "Drawing", "Edge", "Node", "arrange", "draw", "draw_axis", "open_axis"]
