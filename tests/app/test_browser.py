@@ -5,6 +5,7 @@ Chromium through Playwright, on a small zoo trained here and on real files; host
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -78,6 +79,24 @@ class Visitor:
     def text(self) -> str:
         return str(self.page.locator("body").inner_text())
 
+    def draws(self, kind: str = ".scatterlayer .point") -> int:
+        """Wait for a figure that shows something; how many marks it has."""
+        marks = self.page.locator(f".js-plotly-plot {kind}")
+        marks.first.wait_for(state="attached")
+        return int(marks.count())
+
+    def chosen(self) -> Any:
+        """What all widgets of the page say."""
+        return self.page.evaluate("""() => {
+            const at = document.querySelector('[data-testid=stMain]');
+            const all = q => [...at.querySelectorAll(q)];
+            return [
+                all('input:not([type=file])').filter(i => i.offsetParent).map(i => [i.value, i.checked]),
+                all('button[kind=segmented_controlActive]').map(b => b.innerText),
+                all('[data-testid=stMultiSelect]').map(m => m.innerText),
+            ]
+        }""")
+
     def check(self) -> None:
         """Nothing failed: no traceback on the page, nothing in the console but what every Streamlit server answers when
         a page is opened by its address (it asks below the page first, and is told that there is nothing)."""
@@ -85,14 +104,14 @@ class Visitor:
         assert not [c for c in self.complaints if "404" not in c], self.complaints
 
 
-def serve(zoo: Path, work: Path) -> Iterator[str]:
+def serve(zoo: Path | None, work: Path) -> Iterator[str]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     log = (work / "server.log").open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "weightspace", "app", str(zoo), "--port", str(port), "--headless"], stdout=log,
-        stderr=subprocess.STDOUT, cwd=work,
+        [sys.executable, "-m", "weightspace", "app", *([] if zoo is None else [str(zoo)]), "--port", str(port),
+         "--headless"], stdout=log, stderr=subprocess.STDOUT, cwd=work,
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
@@ -197,12 +216,117 @@ def test_scan_one(visitor: Visitor) -> None:
     visitor.check()
 
 
-def test_read_the_lineage(visitor: Visitor) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_read_the_lineage(browser: Any, address: str, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": 1360, "height": 900}, color_scheme=scheme)
+    visitor = Visitor(context.new_page(), address)
     visitor.visit()
     visitor.page.get_by_role("link", name="Lineage").first.click()
     visitor.settle()
     visitor.sees("related models, parents left of their children")
+    # The words are there before plotly is read: what counts is a dot for every model, and its name in the page's ink.
+    assert visitor.draws() == 7
+    names = visitor.page.locator(".js-plotly-plot .textpoint text")
+    assert {names.nth(i).text_content() for i in range(names.count())} >= {"mlp-0", "low-0", "copy-0"}
+    ink = names.first.evaluate("e => getComputedStyle(e).fill")
+    assert (int(ink.removeprefix("rgb(").split(",")[0]) > 128) == (scheme == "dark")
     visitor.check()
+    context.close()
+
+
+LINKS = {
+    "?q=-cnn&colour=test_accuracy&map_of=encoder%2C+PCA&sel=mlp-0.safetensors&sel=low-0.safetensors": "2 selected",
+    "model?model=cnn-0.safetensors&view=Layers&layer=conv.1.weight": "Values of conv.1.weight",
+    "model?model=mlp-0.safetensors&view=Graph&axis=hidden.0": "Neurons of hidden.0",
+    "model?model=cnn-0.safetensors&view=Channels&of=conv.1": "elements of conv.1",
+    "compare?a=mlp-0.safetensors&b=low-0.safetensors&show=Neurons&of_axis=hidden.1": "elements of hidden.1",
+    "compare?a=mlp-0.safetensors&b=low-0.safetensors&align=false&measure=cosine": "Cosine between the tensors",
+    "merge?models=low-0.safetensors&models=high-0.safetensors&base=mlp-0.safetensors&method=ties"
+    "&hyper-ties-density=0.35&merge_align=true": "Make the merge",
+    "backdoor?model=cnn-0.safetensors&base=mlp-0.safetensors": "Where it sits",
+    "lineage?among=-cnn&model=low-1.safetensors": "From mlp-1.safetensors",
+    "search?search=By+a+task&set=digits&classes=0&classes=3": "Which model knows a task?",
+    "search?query=copy-0.safetensors&by=descriptor&k=5": "is the same network",
+    "search?search=By+architecture&query=cnn-0.safetensors": "architectures like cnn-0.safetensors",
+}
+
+
+@pytest.mark.parametrize("link", list(LINKS))
+def test_a_link_brings_back_what_was_seen(browser: Any, address: str, link: str) -> None:
+    """Opened, copied from the address bar, and opened by somebody else."""
+    seen = []
+    where = link
+    for _ in range(2):
+        context = browser.new_context(viewport={"width": 1360, "height": 900})
+        visitor = Visitor(context.new_page(), address)
+        visitor.visit(where)
+        visitor.sees(LINKS[link])
+        seen.append(visitor.chosen())
+        where = visitor.page.url.removeprefix(f"{address}/")
+        assert not visitor.page.get_by_text("which is not among these models").count()
+        visitor.check()
+        context.close()
+    assert seen[0] == seen[1]
+    said = str(seen[0])
+    for part in link.partition("?")[2].split("&"):
+        name, _, value = part.partition("=")
+        if name in ("q", "model", "axis", "layer", "of", "a", "b", "of_axis", "base", "method", "among", "query"):
+            assert value in said
+        elif name == "hyper-ties-density":
+            assert "0.35" in said
+
+
+def children(parent: int) -> set[int]:
+    """Processes that descend from one."""
+    of: dict[int, set[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                of.setdefault(int(fields[1]), set()).add(int(stat.parent.name))
+    found, waiting = set(), [parent]
+    while waiting:
+        below = of.get(waiting.pop(), set())
+        found |= below
+        waiting += below
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are told apart by /proc")
+def test_cancel_ends_the_processes_that_worked(browser: Any, tmp_path: Path) -> None:
+    before = children(os.getpid())
+    pages = serve(None, tmp_path)
+    context = browser.new_context(viewport={"width": 1360, "height": 900})
+    try:
+        visitor = Visitor(context.new_page(), next(pages))
+        visitor.visit()
+        visitor.page.get_by_role("tab", name="Starter zoo").click()
+        visitor.page.get_by_role("button", name="Train the starter zoo").click()
+        visitor.sees("Training the starter zoo")
+        bar = visitor.page.get_by_role("button", name="Cancel")
+        bar.wait_for()
+        visitor.page.wait_for_timeout(2000)
+        workers = [p for p in children(os.getpid()) - before if b"explorer.worker" in _command(p)]
+        assert workers
+        bar.click()
+        visitor.sees("Training the starter zoo was cancelled")
+        visitor.settle()
+        visitor.page.wait_for_timeout(1000)
+        left = [p for p in workers if b"explorer.worker" in _command(p)]
+        # One process may stand by for the next job; the one that trained is gone.
+        assert len(left) < len(workers)
+        assert not list(tmp_path.glob("models/starter/.weightspace/index.sqlite"))
+        visitor.check()
+    finally:
+        context.close()
+        pages.close()
+
+
+def _command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_every_view_of_a_model_opens_by_its_link(visitor: Visitor) -> None:
@@ -225,18 +349,28 @@ class _Evil:
 
 def test_hostile_uploads_are_refused_and_the_app_lives_on(visitor: Visitor, tmp_path: Path) -> None:
     good = save({"w": torch.randn(8, 8), "b": torch.randn(8)})
+    vast = b'{"w": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000000000]}}'
     files = {
         "evil.pt": pickle.dumps(_Evil()), "cut.safetensors": good[:90], "empty.safetensors": b"",
         "note.safetensors": b"this is no model at all", "fine.txt": good,
+        "vast.safetensors": len(vast).to_bytes(8, "little") + vast, "long.safetensors": b"\xff" * 8 + b"{}",
     }  # fmt: skip
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
+    # A browser strips folders from names; a hostile client does not.
+    upward = {"name": "../../up.safetensors", "mimeType": "application/octet-stream", "buffer": good}
     visitor.visit()
     visitor.page.get_by_text("Open a folder, upload checkpoints").click()
     visitor.page.get_by_role("tab", name="Upload").click()
     visitor.page.locator("input[type=file]").first.set_input_files([str(tmp_path / name) for name in files])
-    visitor.sees("4 of these files cannot be opened")
+    visitor.sees("6 of these files cannot be opened")
     visitor.sees("1 of your uploads can be chosen")
+    refused = visitor.text()
+    for name in files.keys() - {"fine.txt"}:
+        assert name in refused
+    visitor.page.locator("input[type=file]").first.set_input_files([upward])
+    visitor.sees("2 of your uploads can be chosen")
+    assert "up.safetensors" in visitor.text()
     visitor.follow("Look at fine.txt")
     visitor.sees("Nothing odd was found")
     assert not list(Path.cwd().glob("weightspace-was-here"))
