@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import weightspace as ws
-from weightspace.retrieval.architecture import alike, because, fingerprint
+from weightspace.retrieval.architecture import alike, because, fingerprint, operations
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> dict[str, int]:
@@ -36,3 +36,24 @@ def test_activations_and_kernels_count() -> None:
     assert alike(one, other) < 0.9
     assert alike(one, conv) < 0.7
     assert "with a kernel" in because(one, conv)
+
+
+def test_what_has_no_weights_counts_too() -> None:
+    def network(between: nn.Module, width: int) -> dict[str, int]:
+        module = nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), between, nn.Conv2d(width, width, 3, padding=1))
+        return fingerprint(ws.wiring(module, torch.rand(2, 1, 8, 8), prove=False))
+
+    pooled, wider = network(nn.MaxPool2d(2), 6), network(nn.MaxPool2d(2), 9)
+    grown = network(nn.Upsample(scale_factor=2), 6)
+    assert alike(pooled, wider) == pytest.approx(1)
+    assert alike(pooled, grown) < 0.98
+    assert "max_pool2d" in because(pooled, grown)
+    # What cannot be run is compared by its graph alone.
+    graphs = [{k: v for k, v in x.items() if not k.startswith("run|")} for x in (pooled, grown)]
+    assert alike(*graphs) == alike(pooled, graphs[1]) == pytest.approx(1)
+
+
+def test_a_large_network_is_run_without_values() -> None:
+    wide = nn.Sequential(nn.Linear(3000, 4000), nn.GELU(), nn.Linear(4000, 3000))
+    found = operations(ws.wiring(wide, torch.rand(2, 3000), prove=False))
+    assert found == {"matmul": 2, "gelu": 1}

@@ -7,6 +7,9 @@ edge's says what the tensor does (contraction, lookup) and whether it has a kern
 neighbours (Shervashidze et al. 2011, "Weisfeiler-Lehman graph kernels"), with the direction of the edges, so that after
 ``h`` rounds a label stands for a neighbourhood of radius ``h``. Names and sizes of tensors have no part in it: networks
 of one family at other widths have the same labels, at other depths the same ones in other numbers.
+
+What has no weights leaves no trace in that graph: how a graph network gathers its neighbours, how a U-Net is put
+together. So the operations that the network runs are counted beside it, those aside that only lay data out anew.
 """
 
 from __future__ import annotations
@@ -15,18 +18,42 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightspace.wiring.wiring import Wiring
 
 ROUNDS = 3
-VERSION = 2
+VERSION = 3
+_LARGE = 20_000_000
+"""Weights above which a network is run without values to see what it does."""
+_LAYING = frozenset(
+    [
+        "view", "_unsafe_view", "reshape", "t", "detach", "clone", "expand", "slice", "select", "unsqueeze",
+        "squeeze", "copy_", "alias", "lift", "lift_fresh", "as_strided", "unbind", "split", "split_with_sizes",
+        "chunk", "permute", "transpose", "contiguous", "narrow", "unfold", "resize_", "set_", "to", "_to_copy",
+        "empty", "empty_strided", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like",
+        "scalar_tensor", "arange", "new_zeros", "new_empty", "new_full", "new_ones", "fill_", "zero_", "item",
+        "_local_scalar_dense", "rand", "randn", "uniform_", "normal_", "bernoulli_", "native_dropout",
+    ]
+)  # fmt: skip
+"""Operations that compute nothing of their input."""
+_SAME = {
+    **dict.fromkeys(("addmm", "mm", "bmm", "baddbmm", "linear", "mv", "dot", "addmv"), "matmul"),
+    **dict.fromkeys(("gt", "lt", "eq", "ge", "le", "ne", "logical_not", "bitwise_and"), "comparison"),
+    **dict.fromkeys(
+        ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
+         "_scaled_dot_product_fused_attention_overrideable"), "attention"),
+    "_softmax": "softmax", "rsub": "sub",
+}  # fmt: skip
 Fingerprint = Mapping[str, int]
 
 
 def fingerprint(wiring: Wiring) -> dict[str, int]:
-    """Labels of the graph with their numbers: ``"<round>|<label>"``; those of round 0 can be read."""
+    """Labels of the graph with their numbers: ``"<round>|<label>"``; those of round 0 can be read.
+
+    With them ``"run|<operation>"`` and how often the network runs it on its example input, where it can be run.
+    """
     from weightspace.graph.layout import structure
 
     found = structure(wiring, list(wiring))
@@ -61,20 +88,69 @@ def fingerprint(wiring: Wiring) -> dict[str, int]:
             for name, label in labels.items()
         }
         counts.update(f"{step}|{label}" for label in labels.values())
+    counts.update({f"run|{name}": times for name, times in operations(wiring).items()})
     return dict(counts)
+
+
+def operations(wiring: Wiring) -> dict[str, int]:
+    """The operations that a network runs, and how often; empty where it cannot be run."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map
+
+    class Counting(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = _operation(func._schema.name.partition("::")[2], args)
+            if name:
+                counts[name] += 1
+            return func(*args, **(kwargs or {}))
+
+    counts: Counter[str] = Counter()
+    program = wiring.program
+    if program is None:
+        return {}
+    given = (dict(program.tensors), program.args, dict(program.kwargs))
+    if sum(t.numel() for t in program.tensors.values()) > _LARGE:
+        given = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, given)
+    try:
+        with torch.no_grad(), Counting():
+            program.run(given[0], *given[1], **given[2])
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        # Some programs cannot run without values; their graphs are compared alone.
+        return {}
+    return dict(counts)
+
+
+def _operation(name: str, args: Any) -> str:
+    """What an operation is called here; empty for those that only lay data out."""
+    if name in _LAYING:
+        return ""
+    if name == "convolution":
+        weight, transposed, groups = args[1], args[6], args[8]
+        kind = " transposed" * bool(transposed) + " in groups" * (groups > 1)
+        return f"convolution {weight.dim() - 2}d{kind}" + " pointwise" * all(k == 1 for k in weight.shape[2:])
+    name = name.removesuffix("_") if not name.startswith("_") else name
+    return _SAME.get(name, name)
 
 
 def alike(one: Fingerprint, other: Fingerprint) -> float:
     """Between 0 and 1, which is for equal graphs: the cosine of the numbers of labels, averaged over rounds.
 
-    Numbers count by their logarithm, so that a network and a deeper one of its family stay near.
+    The operations that are run count like one round. Numbers count by their logarithm, so that a network and a deeper
+    one of its family stay near.
     """
     total = 0.0
-    for step in range(ROUNDS + 1):
-        a, b = ({k: math.log1p(v) for k, v in x.items() if k.startswith(f"{step}|")} for x in (one, other))
+    kinds = [str(step) for step in range(ROUNDS + 1)]
+    if all(any(k.startswith("run|") for k in x) for x in (one, other)):
+        kinds.append("run")
+    for kind in kinds:
+        a, b = ({k: math.log1p(v) for k, v in x.items() if k.startswith(f"{kind}|")} for x in (one, other))
         norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
         total += sum(v * b.get(k, 0.0) for k, v in a.items()) / norm if norm else float(a == b)
-    return min(total / (ROUNDS + 1), 1.0)
+    return min(total / len(kinds), 1.0)
 
 
 def because(one: Fingerprint, other: Fingerprint, most: int = 3) -> str:
@@ -90,6 +166,11 @@ def because(one: Fingerprint, other: Fingerprint, most: int = 3) -> str:
         lone = sorted(set(mine) - set(theirs), key=lambda k: -mine[k])
         if lone:
             parts.append(f"{title}: {_listed(lone, most)}")
+    runs = [{k[4:] for k in x if k.startswith("run|")} for x in (one, other)]
+    if all(runs):
+        for title, ran in (("run only by what was asked", runs[0] - runs[1]), ("only by it", runs[1] - runs[0])):
+            if ran:
+                parts.append(f"{title}: {_listed(sorted(ran), most)}")
     deep = sum(k in other for k in one if k.startswith(f"{ROUNDS}|"))
     whole = sum(k.startswith(f"{ROUNDS}|") for k in one)
     parts.append(f"{deep} of {whole} surroundings of radius {ROUNDS} occur in it")
@@ -108,4 +189,4 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-__all__ = ["ROUNDS", "VERSION", "Fingerprint", "alike", "because", "fingerprint"]
+__all__ = ["ROUNDS", "VERSION", "Fingerprint", "alike", "because", "fingerprint", "operations"]
