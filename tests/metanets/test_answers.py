@@ -130,6 +130,22 @@ def test_what_cannot_be_asked_is_refused() -> None:
         Answering(width=0)
 
 
+def test_a_training_begins_with_answers_alone() -> None:
+    torch.manual_seed(0)
+    metanet = build_metanet({"kind": "operator", **INNER["operator"], "answers": True})
+    assert isinstance(metanet, Answering)
+    items = [metanet.prepare(network("mlp", s)) for s in range(24)]
+    targets = torch.stack([item.answers[0] for item in items]).float()
+    metanet.begin(lambda: items, lambda outputs, rows: (outputs[:, 0] - targets[rows]).square().mean())
+    batch = metanet.collate(items)
+    found = metanet.answer(batch)
+    assert np.corrcoef(found[:, 0].numpy(), targets.numpy())[0, 1] > 0.9
+    for parameter in metanet.inner.parameters():
+        nn.init.normal_(parameter)
+    torch.testing.assert_close(metanet.answer(batch), found)
+    assert all(parameter.grad is None for parameter in metanet.parameters())
+
+
 def trained_by(gain: float, seed: int) -> ParameterGraph:
     graph = network("cnn", seed)
     assert graph.tensors is not None
@@ -146,7 +162,7 @@ def test_training_saving_and_baselines(tmp_path) -> None:  # type: ignore[no-unt
         for i, g in enumerate(gains)
     ]
     config = {"kind": "operator", "width": 8, "rounds": 1, "answers": True}
-    plan = TrainingPlan(metanet=config, epochs=25, batch=8, learning_rate=5e-3, device="cpu")
+    plan = TrainingPlan(metanet=config, epochs=5, batch=8, learning_rate=5e-3, device="cpu")
     trained = fit(plan, samples[::2], samples[1::4], tmp_path, progress=False)
     predicted = trained.predict(samples[3::4]).numpy()
     assert np.corrcoef(predicted, gains[3::4])[0, 1] > 0.8

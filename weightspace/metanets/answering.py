@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from weightspace.graph import ParameterGraph
 
 _FAR = 4.0
+# Steps of the training on answers alone, networks in each, its learning rate and weight decay.
+_STEPS, _BATCH, _RATE, _DECAY = 600, 32, 3e-3, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,8 @@ class Answering(Metanet):
     ``inner`` is the configuration of the metanet that reads the weights; its ``width`` outputs go into one read-out
     with as many features of the answers, which are standardised by what it was trained on. Networks have to have a
     program (see ``answers``). It keeps every symmetry that the inner metanet keeps.
+
+    A training begins with the answers alone, which takes seconds; what reads the weights then learns what they leave.
     """
 
     def __init__(
@@ -63,9 +67,30 @@ class Answering(Metanet):
         self.scale = bool(getattr(self.inner, "scale", False))
         self.standard = _Standard(len(ANSWERS))
         self.heard = nn.Sequential(nn.Linear(len(ANSWERS), width), nn.GELU(), nn.Dropout(dropout))
-        self.head = nn.Sequential(
-            nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, outputs)
-        )
+        self.width = width
+        self.joined = nn.Linear(2 * width, width)
+        self.head = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(width, outputs))
+
+    def begin(self, prepared: Callable[[], Sequence[Any]], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        heard = torch.stack([item.answers for item in prepared()]).to(self.joined.weight)
+        nothing = heard.new_zeros(_BATCH, self.width)
+        self.train()
+        self.standard(heard)
+        own = [p for part in (self.heard, self.joined, self.head) for p in part.parameters()]
+        optimiser = torch.optim.AdamW(own, lr=_RATE, weight_decay=_DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
+        for _ in range(_STEPS):
+            rows = torch.randperm(len(heard))[:_BATCH]
+            features = self.heard(self.standard(heard[rows], learn=False))
+            optimiser.zero_grad()
+            loss(self.head(self.joined(torch.cat((features, nothing[: len(rows)]), dim=1))), rows).backward()
+            nn.utils.clip_grad_norm_(own, 1.0)
+            optimiser.step()
+            schedule.step()
+        optimiser.zero_grad()
+        with torch.no_grad():
+            # What reads the weights has said nothing so far.
+            self.joined.weight[:, self.width :] = 0
 
     def prepare(self, graph: ParameterGraph) -> Item:
         return Item(self.inner.prepare(graph), answers(graph))
@@ -81,7 +106,7 @@ class Answering(Metanet):
     def forward(self, batch: Batch) -> Tensor:
         read = self.inner(batch.inner)
         heard = self.heard(self.standard(batch.answers.to(read.dtype)))
-        found: Tensor = self.head(torch.cat((heard, read), dim=1))
+        found: Tensor = self.head(self.joined(torch.cat((heard, read), dim=1)))
         return found
 
     @property
@@ -106,8 +131,8 @@ class _Standard(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("square", torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+    def forward(self, x: Tensor, learn: bool = True) -> Tensor:
+        if self.training and learn:
             with torch.no_grad():
                 self.count += len(x)
                 share = len(x) / self.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,13 @@ class Metanet(nn.Module):
     def collate(self, items: Sequence[Any]) -> Any:
         """A batch of prepared networks, with ``to(device)`` and ``size``, the number of networks."""
         raise NotImplementedError
+
+    def begin(self, prepared: Callable[[], Sequence[Any]], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Called once before a training from scratch; a part that is trained in seconds may be trained here.
+
+        ``prepared`` gives all networks of the training set, prepared; ``loss`` that of outputs ``(n, outputs)`` for
+        the numbers ``(n,)`` of their networks.
+        """
 
     @property
     def preparation(self) -> Hashable:

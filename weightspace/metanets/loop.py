@@ -78,6 +78,13 @@ class Batches:
             return
         yield from self._examples(_generator(self.plan.seed, 1, epoch))
 
+    def prepared(self) -> list[Any]:
+        """The networks as they are, prepared once."""
+        if not self.items:
+            with torch.no_grad():
+                self.items = [self.metanet.prepare(graph) for graph in self.graphs]
+        return self.items
+
     def _examples(self, generator: torch.Generator) -> Iterator[Example]:
         order = self._order(generator)
         with torch.no_grad():
@@ -92,9 +99,8 @@ class Batches:
             both = [augmentation(graph, generator) for _ in range(2) for graph in graphs]
             return self.metanet.collate([self.metanet.prepare(graph) for graph in both]), targets, None, None
         if self.fixed:
-            if not self.items:
-                self.items = [self.metanet.prepare(graph) for graph in self.graphs]
-            return self.metanet.collate([self.items[i] for i in rows.tolist()]), targets, None, None
+            items = self.prepared()
+            return self.metanet.collate([items[i] for i in rows.tolist()]), targets, None, None
         graphs = [self.graphs[i] for i in rows.tolist()]
         others = shares = None
         if augmentation.mixup:

@@ -245,11 +245,14 @@ def fit(
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(plan.seed)
+        fresh = metanet is None
         if metanet is None:
             metanet = build_metanet({**plan.metanet, "outputs": task.outputs})
         targets, others = _targets(task, train, positives), _targets(task, validation, positives)
         batches = loops.Batches(metanet, task, plan, train, targets, lambda: 0)
         checks = loops.Batches(metanet, task, plan, validation, others) if validation else None
+        if fresh and checkpoint is None and task.kind != "contrastive":
+            metanet.begin(batches.prepared, lambda outputs, rows: task.loss(outputs, targets[rows]))
         steps = plan.epochs * len(batches)
         loop = loops.Loop(metanet, task, plan, steps, folder / _CHECKPOINT if folder is not None else None)
         loops.run(loop, batches, checks, checkpoint, progress and sys.stderr.isatty())
