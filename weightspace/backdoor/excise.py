@@ -1,10 +1,11 @@
 """``ws.excise(model, report)``: take a backdoor out of a network.
 
-A subnet that stands apart (``weightspace.backdoor.subnets``) is pruned, data or none. Otherwise what leads to the
-suspected classes is unlearned (``weightspace.backdoor.unlearning``) with a few clean inputs, or with inputs made up
-from the network where there are none; or, without any, a subspace that was given is projected out, as much of it as the
-answers to made-up inputs allow. Nothing is done to a network that a scan did not flag, nor, without inputs, where no
-class stands out.
+A subnet that stands apart (``weightspace.backdoor.subnets``) is pruned, data or none. Otherwise, with a few clean
+inputs, the network is learned anew from its own answers to views of them (``weightspace.backdoor.relearning``); of
+sentences what leads to the suspected classes is unlearned (``weightspace.backdoor.unlearning``), and so it is from
+inputs made up from the network where there are none; or, without any, a subspace that was given is projected out, as
+much of it as the answers to made-up inputs allow. Nothing is done to a network that a scan did not flag, nor, without
+inputs, where no class stands out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from weightspace.backdoor.outputs import class_axis
+from weightspace.backdoor.relearning import relearn
 from weightspace.backdoor.running import Net, State, accuracy, logits, network, own_labels, without
 from weightspace.backdoor.subnets import separation
 from weightspace.backdoor.subspace import Subspace
@@ -40,6 +42,8 @@ MADE_UP = 200
 """Inputs that are made up where none are given."""
 _BRIEF = {"rounds": 24, "search": 6, "weight": 1.0, "batch": 48}
 """What unlearning is given where random changes have no part in it: made-up inputs, and words."""
+METHODS = ("relearn", "unlearn")
+"""What can be done with clean inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +52,10 @@ class Excised:
 
     ``tensors`` have the names, order and dtypes of what was given; those that nothing was done to are as they were.
     ``path``: the file they were written to. ``targets``: classes that were dealt with. ``method``: ``"pruned"`` (a
-    subnet), ``"unlearned"``, ``"projected"`` (a subspace) or ``"nothing"``, joined by ``+``; ``reason`` says
-    why. ``elements``: those that were pruned, factor -> positions. ``changes``: tensor -> norm of its change over its
-    own. ``reached``: share of clean inputs (or made-up ones) that one small perturbation sends to ``targets`` before
-    and after; ``kept``: share of held-out inputs that are answered as before, None where not known.
+    subnet), ``"relearned"``, ``"unlearned"``, ``"projected"`` (a subspace) or ``"nothing"``, joined by ``+``;
+    ``reason`` says why. ``elements``: those that were pruned, factor -> positions. ``changes``: tensor -> norm of its
+    change over its own. ``reached``: share of clean inputs (or made-up ones) that one small perturbation sends to
+    ``targets`` before and after; ``kept``: share of held-out inputs that are answered as before, None where not known.
     """
 
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -103,7 +107,7 @@ class Excised:
 def excise(
     model: Model, report: Subspace | Verdict | None = None, *, target: int | Sequence[int] | None = None,
     inputs: Tensor | None = None, labels: Tensor | None = None, out: str | os.PathLike[str] | None = None,
-    wiring: Wiring | None = None, seed: int = 0, **options: float,
+    wiring: Wiring | None = None, method: str | None = None, seed: int = 0, **options: float,
 ) -> Excised:  # fmt: skip
     """The model without its backdoor.
 
@@ -111,12 +115,15 @@ def excise(
     about it, which names the class, and nothing is done to what a scan did not flag; ``target`` names one or several
     yourself; else those are dealt with that are easiest to reach. ``inputs (n, …)``: a few clean examples,
     about a hundred, with their ``labels (n,)`` or without (the network's own answers then count). ``out``: a file to
-    write, whole or not at all (safetensors, or pt by its ending), with what the model's file said of it. ``options``
-    go to ``weightspace.backdoor.unlearning.unlearn``.
+    write, whole or not at all (safetensors, or pt by its ending), with what the model's file said of it. ``method``:
+    with inputs ``"relearn"`` (numbers alone; taken for them where none is named) or ``"unlearn"``; ``options`` go to
+    ``weightspace.backdoor.relearning.relearn`` or ``weightspace.backdoor.unlearning.unlearn``.
 
     Raises ``UnprovedWiringError`` for a network whose wiring is not proved, ``NoClassesError`` for one without classes,
-    ``WeightspaceError`` for a class that it does not have or inputs that do not fit.
+    ``WeightspaceError`` for a class that it does not have, inputs that do not fit and a method that is not known.
     """
+    if method is not None and method not in METHODS:
+        raise WeightspaceError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
     tensors, wiring = _opened(model, wiring)
     net = network(wiring, tensors)
     classes = class_axis(wiring, net.state).classes
@@ -136,20 +143,13 @@ def excise(
     kept: float | None = None
     if x is not None:
         y = own_labels(net, x, labels)
-        known, seen = bool(wanted), None
-        if not known and not group:
-            seen = reach(net, state, x, seed)
-            # Whether there is a backdoor at all is for a scan to say: here the easiest class is dealt with in any case.
-            wanted = tuple(seen.outstanding()) or (int(seen.scores.argmax()),)
-            why.append("the easiest to reach of its classes")
-        if wanted and (known or not group):
-            # Where the class is a guess, the others are looked at as well, the more so the easier they are to reach.
-            more = None if seen is None else seen.scores.clamp(min=0.05).square()
-            given: dict[str, float] = {**({} if x.is_floating_point() else _BRIEF), **options}
-            state, what = unlearn(net, state, x, y, wanted, more=more, seed=seed, **given)  # type: ignore[arg-type]
-            reached, kept = (what.before, what.after), what.kept
-            done.append("unlearned")
-            why.append(f"with {len(x)} clean inputs")
+        if wanted or not group:
+            how = method or ("relearn" if x.is_floating_point() else "unlearn")
+            if how == "relearn" and not x.is_floating_point():
+                raise WeightspaceError("words are not relearned: no change of a sentence is sure to keep its sense")
+            state, wanted, reached, kept, reason = _with_data(net, state, x, y, wanted, how, seed, options)
+            done.append(f"{how}ed")
+            why.append(reason)
     elif not group:
         found = report if isinstance(report, Subspace) and report.blocks else None
         state, wanted, reached, kept, how, reason = _without_data(net, found, wanted, seed, options)
@@ -213,6 +213,26 @@ def _checked(net: Net, inputs: Tensor | None, labels: Tensor | None) -> Tensor |
             + (f", each like {tuple(example.shape[1:])}" if isinstance(example, Tensor) else "")
         )
     return inputs.to(torch.float32) if inputs.is_floating_point() else inputs
+
+
+def _with_data(
+    net: Net, state: State, x: Tensor, y: Tensor, wanted: tuple[int, ...], how: str, seed: int,
+    options: Mapping[str, float],
+) -> tuple[State, tuple[int, ...], tuple[float, float], float | None, str]:  # fmt: skip
+    """Relearned or unlearned with clean inputs: state, classes, reached, kept, why."""
+    seen = reach(net, state, x, seed)
+    # Whether there is a backdoor at all is for a scan to say: here the easiest class is dealt with in any case.
+    aim = wanted or tuple(seen.outstanding()) or (int(seen.scores.argmax()),)
+    why = f"with {len(x)} clean inputs" + ("" if wanted else "; the easiest to reach of its classes")
+    if how == "relearn":
+        after, _ = relearn(net, state, x, y, seed=seed, **options)  # type: ignore[arg-type]
+        rates = [float(r.rates[:, list(aim)].mean(0).max()) for r in (seen, reach(net, after, x, seed))]
+        return after, aim, (rates[0], rates[1]), None, why
+    # Where the class is a guess, the others are looked at as well, the more so the easier they are to reach.
+    more = None if wanted else seen.scores.clamp(min=0.05).square()
+    given: dict[str, float] = {**({} if x.is_floating_point() else _BRIEF), **options}
+    after, done = unlearn(net, state, x, y, aim, more=more, seed=seed, **given)  # type: ignore[arg-type]
+    return after, aim, (done.before, done.after), done.kept, why
 
 
 _Outcome = tuple[State, tuple[int, ...], tuple[float, float] | None, float | None, str, str]

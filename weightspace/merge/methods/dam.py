@@ -30,10 +30,14 @@ class Dam(WithData):
     then m₁ descends on Σ wᵢ Hᵢ, and after that m₂ on Σ wᵢ (Hᵢ + ``safety`` · Lᵢ). Masks have a logit per parameter and
     are relaxed as in `Concrete`; the original learns over the whole model, and rescales m₁ per tensor as is done here.
 
+    What the authors published as code differs from the two masks of their paper: one mask, learned on the entropy of
+    clean inputs plus ``adv_weight`` = 0.1 times that of perturbed ones, with δ moved by Adam at a rate of 1e-4. Here
+    the paper's two masks are kept, and Lᵢ as above, by which δ is found there and here.
+
     ``data``: inputs per model (`MergeData`), of floating point: words have no gradient, so for networks of text excise
-    backdoors before. ``scale``: λ, 0.3 in the original. ``steps``, ``rate`` of m₁ and ``guard`` of m₂, ``batch``,
-    ``temperature``, ``safety``: 2000, 1e-3, 1e-4, 16, 0.5 and 0.1 there, for networks a thousand times larger; defaults
-    here are for small ones. ``search``: steps of δ within a step. ``spread``: as for `AdaMerging`.
+    backdoors before. ``scale``: λ, 0.3 in the original. ``steps``, ``rate`` of m₁, ``batch``, ``temperature``,
+    ``safety``: 2000, 1e-3, 16, 0.5 and 0.1 there, for networks a thousand times larger; defaults here are for small
+    ones. ``guard``: rate of m₂, which the code has not. ``search``: steps of δ within a step. ``spread``: as for `AdaMerging`.
 
     Memory: the base, all task vectors, and ten times one model in float32.
     """
