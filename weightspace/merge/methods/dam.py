@@ -37,7 +37,8 @@ class Dam(WithData):
     ``data``: inputs per model (`MergeData`), of floating point: words have no gradient, so for networks of text excise
     backdoors before. ``scale``: λ, 0.3 in the original. ``steps``, ``rate`` of m₁, ``batch``, ``temperature``,
     ``safety``: 2000, 1e-3, 16, 0.5 and 0.1 there, for networks a thousand times larger; defaults here are for small
-    ones. ``guard``: rate of m₂, which the code has not. ``search``: steps of δ within a step. ``spread``: as for `AdaMerging`.
+    ones. ``guard``: rate of m₂, which the code has not. ``search``: steps of δ within a step. ``spread``: as for
+    `AdaMerging`.
 
     Memory: the base, all task vectors, and ten times one model in float32.
     """
