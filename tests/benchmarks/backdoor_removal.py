@@ -7,8 +7,8 @@ every kind of network ``--most`` are taken (0: all), only those whose attack wor
 clean inputs that a method may use; success and accuracy are measured on the others. Methods were tuned on networks with
 even run numbers, and the table is about the odd ones. Every method may use labels; ``--unlabelled`` gives ours none.
 
-Columns: median attack success rate after, and median change of clean accuracy in points, per attack. Results go to a
-file line by line, and what is there already is not done again.
+Columns: median attack success rate after, and median change of clean accuracy in points, per attack and per kind of
+network. Results go to a file line by line, and what is there already is not done again.
 """
 
 from __future__ import annotations
@@ -136,8 +136,21 @@ def measure(
     return lines
 
 
+def interval(rates: list[float], draws: int = 2000) -> str:
+    """95 % of the medians of rates drawn anew with replacement, in percent; nothing for fewer than three."""
+    if len(rates) < 3:
+        return ""
+    index = torch.randint(len(rates), (draws, len(rates)), generator=torch.Generator().manual_seed(0))
+    medians = torch.tensor(rates, dtype=torch.float64)[index].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return f" [{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def table(rows: list[dict[str, Any]], by: str = "attack") -> str:
-    """A markdown table: a row per attack, the median success rate and change of accuracy of every method."""
+    """A markdown table: a row per attack, the median success rate and change of accuracy of every method.
+
+    By kind, and over all, with the interval of the median success rate.
+    """
     methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
     head = [by, "networks", "before", *methods]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -153,7 +166,8 @@ def table(rows: list[dict[str, Any]], by: str = "attack") -> str:
                 continue
             rate = statistics.median(r["after"][0] for r in here)
             lost = statistics.median(r["after"][1] - r["before"][1] for r in here)
-            cells.append(f"{100 * rate:.0f} ({100 * lost:+.1f})")
+            spread = interval([r["after"][0] for r in here]) if group == "all" or by != "attack" else ""
+            cells.append(f"{100 * rate:.0f}{spread} ({100 * lost:+.1f})")
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 
