@@ -72,3 +72,10 @@ def test_calibration_gives_a_model_that_holds_on_other_families() -> None:
 def test_a_family_without_edges_has_no_confidences() -> None:
     alone = walk(1, 0)
     assert place(alone.geometry).sure == {}
+
+
+def test_large_families_are_put_in_order_by_the_regime_of_their_parts() -> None:
+    known = walk(140, 0, star=True, width=256)
+    placed = place(known.geometry)
+    assert np.mean([a == b for a, b in zip(placed.forest.parents, known.parents, strict=True)]) > 0.95
+    assert known.geometry.subset(range(140)) is known.geometry

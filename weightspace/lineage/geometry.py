@@ -40,7 +40,8 @@ TOP = ("constant", "drift", "far drift", "span", "nearest below", "alone", "aske
 GROUPS = 4
 _CHUNK = 1 << 13
 _SEEN = 12
-_LARGE = 2048
+_LARGE = 1024
+_NEAR = 512
 Index = NDArray[np.int64]
 
 
@@ -49,15 +50,15 @@ class Geometry:
     """Inner products of a family of ``n`` networks, weights less their mean.
 
     ``gram (n, n)``; ``grouped (groups, n, n)`` the same of groups of tensors; ``squared (n, n)`` squared distances;
-    ``norms (n,)`` squared norms of the weights; ``drift (n, n)`` from row to column; ``near (n, n - 1)`` the others of
-    each network, nearest first. ``sign`` -1 turns time around.
+    ``norms (n,)`` squared norms of the weights; ``drift (n, n)`` from row to column, in float32; ``near (n, most)`` the
+    others of each network, nearest first, 512 at most. ``sign`` -1 turns time around.
     """
 
     gram: Array
     grouped: Array
     squared: Array
     norms: Array
-    drift: Array
+    drift: Floats
     near: Index
     sign: float
     tiny: float
@@ -73,6 +74,8 @@ class Geometry:
 
     def subset(self, members: Sequence[int]) -> Geometry:
         """Some of the networks."""
+        if list(members) == list(range(self.count)):
+            return self
         at = np.asarray(members)
         square = np.ix_(at, at)
         squared = self.squared[square]
@@ -169,20 +172,32 @@ def geometry(values: Floats, segments: Sequence[Segment]) -> Geometry:
             norms += (part * part).sum(1)
             part -= part.mean(0)
             grouped[group] += part @ part.T
-    grouped = grouped[np.array([bool(g.any()) for g in grouped])] if grouped.any() else grouped[:1]
-    gram = grouped.sum(0)
+    told = [k for k, g in enumerate(grouped) if g.any()] or [0]
+    grouped = grouped if len(told) == len(grouped) else grouped[told]
+    gram = grouped[0] if len(grouped) == 1 else grouped.sum(0)
     own = np.diag(gram)
-    squared = np.maximum(own[:, None] + own[None, :] - 2 * gram, 0.0)
+    squared = gram * -2
+    squared += own[:, None]
+    squared += own[None, :]
+    np.maximum(squared, 0.0, out=squared)
     np.fill_diagonal(squared, 0.0)
     tiny = 1e-12 * max(float(norms.mean()) if count else 1.0, 1e-30)
-    drift = (norms[None, :] - norms[:, None]) / np.maximum(squared, tiny)
-    drift[squared <= tiny] = 0.0
+    drift = np.zeros((count, count), dtype=np.float32)
+    for i in range(count):
+        with np.errstate(over="ignore"):
+            drift[i] = np.where(squared[i] > tiny, (norms - norms[i]) / np.maximum(squared[i], tiny), 0.0)
     return Geometry(gram, grouped, squared, norms, drift, _near(squared), 1.0, tiny)
 
 
 def _near(squared: Array) -> Index:
-    apart = squared + np.diag(np.full(len(squared), np.inf))
-    return np.asarray(np.argsort(apart, axis=1, kind="stable")[:, : max(len(squared) - 1, 0)], dtype=np.int64)
+    """The others of each network, row by row: no second matrix of all pairs is held."""
+    count = len(squared)
+    most = min(_NEAR, max(count - 1, 0))
+    found = np.zeros((count, most), dtype=np.int64)
+    for i, row in enumerate(squared):
+        order = np.argsort(row, kind="stable")
+        found[i] = order[order != i][:most]
+    return found
 
 
 __all__ = ["DEEP", "TOP", "Geometry", "Index", "geometry"]

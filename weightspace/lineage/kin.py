@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ROUNDED = 0.98
 """Confidence that a rounded network is the child of the finer one."""
+MOST_RELATIVES = 6000
+"""Networks of one family: the distances of all pairs, and what is made of them, are some 30 bytes a pair."""
 ADAPTED = 0.99
 """Confidence in an adapter merged into its base."""
 _CHOSEN_OTHERS = 24
@@ -178,6 +180,11 @@ class Kin:
     # -------------------------------------------------------------------------------- one family
 
     def _family(self, members: Sequence[int], sample: Sample, unit: Floats, drawn: Null) -> Part:
+        if len(members) > MOST_RELATIVES:
+            raise WeightspaceError(
+                f"{len(members)} networks like {self.names[members[0]]} are one family; all pairs of a family are held "
+                f"to put it in order, so that {MOST_RELATIVES} are the most: give a part of them (models=)"
+            )
         values = sample.values[list(members)]
         shape = geometry(values, sample.segments)
         names = [self.names[i] for i in members]
@@ -199,14 +206,14 @@ class Kin:
             self.notes.append(
                 f"the family of {names[0]} is likelier if weights shrink from parents to children, and is told so"
             )
-        correlation = (unit[list(members)] @ unit[list(members)].T).astype(np.float64)
+        own = unit[list(members)]
         edges: list[Edge] = []
         for b, parent in parents.items():
             if b in merges:
-                edges.extend(self._merge_edges(names, merges[b], shape, correlation, drawn))
+                edges.extend(self._merge_edges(names, merges[b], shape, own, drawn))
             elif parent != OUTSIDE:
-                edges.append(self._edge(names, parent, b, b in adapted, placed, kept, shape, correlation, drawn))
-        edges.extend(self._copy_edge(names, again[b], b, shape, correlation, drawn) for b in again)
+                edges.append(self._edge(names, parent, b, b in adapted, placed, kept, shape, own, drawn))
+        edges.extend(self._copy_edge(names, again[b], b, shape, own, drawn) for b in again)
         return Part(tuple(names), tuple(self._with_moves(e) for e in edges))
 
     def _adapted(
@@ -256,7 +263,7 @@ class Kin:
 
     def _edge(
         self, names: Sequence[str], a: int, b: int, adapted: bool, placed: Placed, kept: Sequence[int],
-        shape: Geometry, correlation: Array, drawn: Null,
+        shape: Geometry, own: Floats, drawn: Null,
     ) -> Edge:  # fmt: skip
         how = step(self._network(names[a]), self._network(names[b]), list(self._shapes))
         drift = float(shape.drift[a, b])
@@ -274,11 +281,11 @@ class Kin:
         )
         return Edge(
             names[a], names[b], how.kind, how.detail, 1.0, sure, direction,
-            _relative(shape, a, b), drift, drawn.log10_p(float(correlation[a, b])), why,
+            _relative(shape, a, b), drift, drawn.log10_p(float(own[a] @ own[b])), why,
         )  # fmt: skip
 
     def _copy_edge(
-        self, names: Sequence[str], copy: Copy, b: int, shape: Geometry, correlation: Array, drawn: Null
+        self, names: Sequence[str], copy: Copy, b: int, shape: Geometry, own: Floats, drawn: Null
     ) -> Edge:
         a, why = copy.of, copy.how.detail
         if copy.undecided:
@@ -286,12 +293,12 @@ class Kin:
             why += f"; weights do not tell which was there first ({rule})"
         return Edge(
             names[a], names[b], copy.how.kind, copy.how.detail, 1.0, 0.99, 0.5 if copy.undecided else ROUNDED,
-            _relative(shape, a, b), float(shape.drift[a, b]), drawn.log10_p(float(correlation[a, b])), why,
+            _relative(shape, a, b), float(shape.drift[a, b]), drawn.log10_p(float(own[a] @ own[b])), why,
             undecided=copy.undecided,
         )  # fmt: skip
 
     def _merge_edges(
-        self, names: Sequence[str], mixture: Mixture, shape: Geometry, correlation: Array, drawn: Null
+        self, names: Sequence[str], mixture: Mixture, shape: Geometry, own: Floats, drawn: Null
     ) -> list[Edge]:
         b = mixture.merged
         base = "" if mixture.base is None else f" on {names[mixture.base]}"
@@ -306,7 +313,7 @@ class Kin:
             found.append(
                 Edge(
                     names[a], names[b], "merge", detail, share, 0.99, 0.95, _relative(shape, a, b),
-                    float(shape.drift[a, b]), drawn.log10_p(float(correlation[a, b])),
+                    float(shape.drift[a, b]), drawn.log10_p(float(own[a] @ own[b])),
                     f"{detail}, squared rest {mixture.residual:.1e}",
                 )
             )  # fmt: skip

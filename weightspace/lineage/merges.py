@@ -129,7 +129,8 @@ def _exact(geometry: Geometry, m: int, names: Sequence[int]) -> tuple[dict[int, 
 
 def _pursue(geometry: Geometry, m: int, others: Sequence[int]) -> tuple[dict[int, float], float] | None:
     """Few others whose affine combination is ``m``, with their weights, or None."""
-    near = [i for i in map(int, geometry.near[m]) if i in set(others)][:_CONSIDERED]
+    allowed = set(others)
+    near = [i for i in map(int, geometry.near[m]) if i in allowed][:_CONSIDERED]
     if len(near) < 2:
         return None
     scale = max(float(geometry.squared[near[0], m]), geometry.tiny)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from weightspace.lineage.calibrated import CONFIDENCE, DIRECTION, REGIMES
 from weightspace.lineage.confidence import features, probability
 from weightspace.lineage.geometry import Geometry
@@ -27,11 +29,37 @@ class Placed:
     way: Mapping[int, float]
 
 
+MANY = 128
+PART = 64
+"""Of families of more than ``MANY`` networks, three parts of so many say in which regime all are read."""
+
+
 def place(shape: Geometry, blocked: Mapping[int, set[int]] | None = None) -> Placed:
     """The forest of the regime that makes a family likeliest, its log likelihood taken less the regime's handicap."""
+    if shape.count > MANY:
+        return _many(shape, blocked)
     ahead, back = read(shape, [r.weights for r in REGIMES], blocked)
     found, turned = chosen(ahead, back, [r.handicap for r in REGIMES])
-    edge, way = features(shape.turned() if turned else shape, found, [f.parents for f in (back if turned else ahead)])
+    return _told(shape.turned() if turned else shape, found, turned, [f.parents for f in (back if turned else ahead)])
+
+
+def _many(shape: Geometry, blocked: Mapping[int, set[int]] | None) -> Placed:
+    """A large family: which regime and which way of time, by some parts of it together; then one forest of all."""
+    scores = {(i, turned): -r.handicap for i, r in enumerate(REGIMES) for turned in (False, True)}
+    for anchor in np.argsort(shape.norms)[[0, shape.count // 2, -1]]:
+        # Near each other, so that parents and children are among them.
+        part = shape.subset(sorted([int(anchor), *map(int, shape.near[anchor][: PART - 1])]))
+        for turned, forests in enumerate(read(part, [r.weights for r in REGIMES])):
+            for i, f in enumerate(forests):
+                scores[i, bool(turned)] += f.log_likelihood
+    at, turned = max(scores, key=lambda k: scores[k] - TURNED * k[1])
+    whole = shape.turned() if turned else shape
+    found = forest(whole, REGIMES[at].weights, blocked)
+    return _told(whole, found, turned, [])
+
+
+def _told(shape: Geometry, found: Forest, turned: bool, others: Sequence[Sequence[int]]) -> Placed:
+    edge, way = features(shape, found, others)
     children = [b for b, p in enumerate(found.parents) if p != OUTSIDE]
     told = [dict(zip(children, map(float, probability(x, w)), strict=True))
             for x, w in ((edge, CONFIDENCE), (way, DIRECTION))]  # fmt: skip

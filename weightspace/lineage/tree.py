@@ -22,6 +22,9 @@ OUTSIDE = -1
 """The parent of a network whose parent is not here."""
 _ROUNDS = 6
 _LEAST = math.log(1e-6)
+_MANY = 128
+_LEAST_OF_MANY = math.log(0.02)
+"""Of more than ``_MANY`` networks fewer ways down are followed, and fewer rounds made."""
 _NEVER = 50.0
 
 Children = Mapping[int, Sequence[int]]
@@ -75,10 +78,11 @@ def forest(geometry: Geometry, weights: Weights, blocked: Mapping[int, Collectio
     parents = _first(geometry, weights, barred)
     chances: list[dict[int, float]] = []
     seen: set[tuple[int, ...]] = set()
-    while tuple(parents) not in seen and len(seen) < _ROUNDS:
+    while tuple(parents) not in seen and len(seen) < (_ROUNDS if count <= _MANY else 2):
         seen.add(tuple(parents))
         children = children_of(parents)
-        chances = [placements(geometry, children, parents, b, weights, barred.get(b, ())) for b in range(count)]
+        order = below(children, OUTSIDE)[1:]
+        chances = [placements(geometry, children, parents, b, weights, barred.get(b, ()), order) for b in range(count)]
         graph = nx.DiGraph()
         for b, found in enumerate(chances):
             graph.add_edge(OUTSIDE, b, weight=_NEVER)
@@ -97,11 +101,12 @@ def forest(geometry: Geometry, weights: Weights, blocked: Mapping[int, Collectio
 
 def placements(
     geometry: Geometry, children: Children, parents: Sequence[int], b: int, weights: Weights,
-    barred: Collection[int] = (),
+    barred: Collection[int] = (), order: Sequence[int] | None = None,
 ) -> dict[int, float]:  # fmt: skip
     """Log probabilities of the parents of ``b`` in a forest, its own descendants left out."""
     inside = {*below(children, b), *barred}
-    nearest = closest(geometry, children, parents, b)
+    nearest = closest(geometry, children, parents, b, order)
+    least = _LEAST if geometry.count <= _MANY else _LEAST_OF_MANY
     found: dict[int, float] = {}
     stack = [(OUTSIDE, 0.0)]
     while stack:
@@ -109,19 +114,25 @@ def placements(
         candidates = [a for a in children.get(at, ()) if a not in inside]
         logs = choice(geometry, at, candidates, b, nearest, weights)
         found[at] = so_far + float(logs[-1])
-        stack.extend((a, so_far + float(v)) for a, v in zip(candidates, logs, strict=False) if so_far + v > _LEAST)
+        stack.extend((a, so_far + float(v)) for a, v in zip(candidates, logs, strict=False) if so_far + v > least)
     return found
 
 
-def closest(geometry: Geometry, children: Children, parents: Sequence[int], b: int) -> Array:
-    """Squared distance of ``b`` to the nearest of each network and its descendants; ``b`` and its own do not count."""
-    found = geometry.squared[:, b].copy()
-    found[below(children, b)] = np.inf
-    for x in reversed(below(children, OUTSIDE)[1:]):
+def closest(
+    geometry: Geometry, children: Children, parents: Sequence[int], b: int, order: Sequence[int] | None = None
+) -> Array:
+    """Squared distance of ``b`` to the nearest of each network and its descendants; ``b`` and its own do not count.
+
+    ``order``: all networks of the forest, parents before their children.
+    """
+    found: list[float] = geometry.squared[:, b].tolist()
+    for x in below(children, b):
+        found[x] = math.inf
+    for x in reversed(below(children, OUTSIDE)[1:] if order is None else order):
         parent = parents[x]
         if parent != OUTSIDE and found[x] < found[parent]:
             found[parent] = found[x]
-    return found
+    return np.array(found)
 
 
 def choice(
@@ -143,8 +154,9 @@ def _first(geometry: Geometry, weights: Weights, barred: Mapping[int, Collection
     """A first forest: networks are placed one by one, outward."""
     children: dict[int, list[int]] = {}
     parents = [OUTSIDE] * geometry.count
+    placed: list[int] = []
     for b in (int(i) for i in np.argsort(geometry.sign * geometry.norms, kind="stable")):
-        nearest = closest(geometry, children, parents, b)
+        nearest = closest(geometry, children, parents, b, placed)
         at = OUTSIDE
         while candidates := [a for a in children.get(at, ()) if a not in barred.get(b, ())]:
             best = int(choice(geometry, at, candidates, b, nearest, weights).argmax())
@@ -153,6 +165,7 @@ def _first(geometry: Geometry, weights: Weights, barred: Mapping[int, Collection
             at = candidates[best]
         parents[b] = at
         children.setdefault(at, []).append(b)
+        placed.append(b)
     return parents
 
 
