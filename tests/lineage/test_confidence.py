@@ -75,7 +75,7 @@ def test_a_family_without_edges_has_no_confidences() -> None:
 
 
 def test_large_families_are_put_in_order_by_the_regime_of_their_parts() -> None:
-    known = walk(140, 0, star=True, width=256)
+    known = walk(140, 0, star=True, width=2048)
     placed = place(known.geometry)
     assert np.mean([a == b for a, b in zip(placed.forest.parents, known.parents, strict=True)]) > 0.95
     assert known.geometry.subset(range(140)) is known.geometry
