@@ -17,6 +17,7 @@ from weightspace.backdoor.null import (
     standing,
     tail,
 )
+from weightspace.backdoor.responses import columns
 from weightspace.errors import WeightspaceError
 
 NAMES = ("noise_mean", "margin", "universal", "row_sum", "bias")
@@ -30,6 +31,7 @@ class Drawn:
     names: tuple[str, ...] = NAMES
     missing: tuple[str, ...] = ()
     whole: dict[str, float] = field(default_factory=dict)
+    responses: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 def drawn(rng: np.random.Generator, lift: float = 0.0) -> Drawn:
@@ -155,3 +157,21 @@ def test_networks_of_one_lineage_are_no_proof_of_each_other() -> None:
     assert np.mean(np.array(grouped) <= 0.05) < 0.09 < np.mean(np.array(alone) <= 0.05)
     with pytest.raises(WeightspaceError, match="3 groups"):
         null_from(clean, [1, 2, 3])
+
+
+def test_answers_that_no_clean_network_gives_are_told() -> None:
+    rng = np.random.default_rng(5)
+    usual = rng.normal(size=(6, len(columns())))
+
+    def one(lift: float = 0.0) -> Drawn:
+        answers = usual + 0.3 * rng.normal(size=usual.shape)
+        answers[2] += lift
+        return Drawn(rng.normal(size=(6, len(NAMES))), responses=answers)
+
+    null = null_from([one() for _ in range(16)])
+    odd = null.judge(one(2.0))
+    assert odd.p_value < 0.01
+    assert odd.target[0] == 2
+    assert np.mean([null.judge(one()).p_value <= 0.1 for _ in range(40)]) < 0.3
+    blind = Drawn(rng.normal(size=(6, len(NAMES))))
+    assert "answers" not in null.judge(blind).p_values

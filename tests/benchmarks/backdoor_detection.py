@@ -6,7 +6,7 @@ Populations of clean and poisoned networks (``weightspace zoo build backdoors``)
 - ``attack``: a group of attacks that are alike is left out of training, and tested against clean networks held out;
 - ``data``: a data set is left out; ``architecture``: a kind of network is left out.
 
-Methods: the verdict (both heads, stacked and calibrated inside the training part), its two heads alone, the untrained
+Methods: the verdict (all heads, stacked and calibrated inside the training part), each of them alone, the untrained
 p-value, and what was published or is simple: flat statistics of the weights with boosted trees, an aligned linear
 classifier (tensors laid on a reference by weight matching, ravelled, principal components, logistic regression, after
 Peraton's entries to TrojAI; one architecture at a time), the row-sum rule of the last layer, and channel Lipschitz
@@ -198,8 +198,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=5)
     parser.add_argument("--halves", type=int, default=2, help="of unseen attacks: halves of the ancestries to test on")
     parser.add_argument("--inner", type=int, default=4, help="parts inside the training networks")
-    parser.add_argument("--epochs", type=int, default=12, help="of the metanet")
-    parser.add_argument("--asked", type=int, default=25, help="epochs of the questions")
+    parser.add_argument("--epochs", type=int, default=8, help="of the metanet")
+    parser.add_argument("--asked", type=int, default=20, help="epochs of the questions")
     parser.add_argument("--without", nargs="*", default=[], choices=["metanet", "questions"], help="heads to leave out")
     parser.add_argument("--tables-only", action="store_true", help="print what is in --results")
     given = parser.parse_args()
@@ -326,11 +326,12 @@ def detailed(of: dict[str, Labelled], rows: Rows, held: Sequence[str], kind: str
     labels = sorted(set(attack[y.astype(bool)])) if kind in ("models", "attack") else sorted(set(name))
     from weightspace.backdoor.calibration import auroc, brier, cross_entropy, rate_at
 
-    lines = [[kind if kind != "models" else "attack", "poisoned", *METHODS, "TPR at 5 %", "cross-entropy", "Brier",
+    methods = [m for m in METHODS if len(gathered(of, rows, held, m)[0])]
+    lines = [[kind if kind != "models" else "attack", "poisoned", *methods, "TPR at 5 %", "cross-entropy", "Brier",
               "target first", "in 3"]]  # fmt: skip
     for label in labels:
         cells = [label]
-        for method in METHODS:
+        for method in methods:
             y, score, group, attack, name = gathered(of, rows, held, method)
             y = y.astype(float)
             if kind == "models":
@@ -342,7 +343,7 @@ def detailed(of: dict[str, Labelled], rows: Rows, held: Sequence[str], kind: str
             if method == "verdict":
                 cells.append(str(int(y[own].sum())))
                 verdict = y[own], score[own]
-            if not len(y) or not 0 < y[own].mean() < 1:
+            if not own.any() or not 0 < y[own].mean() < 1:
                 cells.append("")
             elif method == "verdict":
                 cells.append(shown(bootstrap(auroc, y[own], score[own], list(group[own]), draws=300)))

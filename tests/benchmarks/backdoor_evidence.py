@@ -2,6 +2,7 @@
 
 python tests/benchmarks/backdoor_evidence.py POPULATION [POPULATION ...] --results FILE.jsonl
 python tests/benchmarks/backdoor_evidence.py POPULATION --base --only cnn      # with the parent; --inputs 20: examples
+python tests/benchmarks/backdoor_evidence.py POPULATION --kept runs/backdoor-evidence   # as `train backdoor` kept it
 python tests/benchmarks/backdoor_evidence.py --real          # ../shared/checkpoints
 
 Populations are folders that `weightspace zoo build backdoors` made. For each family of networks (one architecture on
@@ -34,8 +35,11 @@ from numpy.typing import NDArray  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import weightspace as ws  # noqa: E402
-from weightspace.backdoor.evidence import Evidence, evidence  # noqa: E402
+from weightspace.backdoor.evidence import INPUT_TESTS, Evidence, evidence  # noqa: E402
 from weightspace.backdoor.null import FEWEST, Null, null_from, outlier  # noqa: E402
+from weightspace.backdoor.scanning import observe  # noqa: E402
+from weightspace.backdoor.stamps import STAMP_TESTS  # noqa: E402
+from weightspace.backdoor.tokens import TOKEN_TESTS  # noqa: E402
 from weightspace.checkpoint import list_models  # noqa: E402
 from weightspace.errors import WeightspaceError  # noqa: E402
 from weightspace.zoo.data import Data, load_data  # noqa: E402
@@ -63,6 +67,7 @@ class Row:
     worked: bool
     names: tuple[str, ...]
     values: Array
+    responses: Array
     missing: tuple[str, ...]
     whole: Mapping[str, float]
     p_value: float
@@ -102,13 +107,18 @@ def rows_of(folders: Sequence[Path], given: argparse.Namespace) -> list[Row]:
         counts[population] = counts.get(population, 0) + 1
         if each and counts[population] > each:
             continue
+        poison = record.get("poison") or {}
+        if given.kept and poison and not record.get("attack_worked"):
+            continue
         if key not in known:
-            known[key] = {"file": key, **_measured(path, record, given.base, given.inputs)}
+            known[key] = {"file": key, **(_kept(path, given.kept) if given.kept else
+                                          _measured(path, record, given.base, given.inputs)), **_truth(record)}
             if results is not None:
                 with results.open("a") as out:
                     out.write(json.dumps(known[key]) + "\n")
         row = {k: v for k, v in known[key].items() if k != "file"}
-        found.append(Row(**{**row, "values": np.array(row["values"]), **{k: tuple(row[k]) for k in TUPLES}}))
+        found.append(Row(**{**row, "values": np.array(row["values"]), "responses": np.array(row["responses"]),
+                            **{k: tuple(row[k]) for k in TUPLES}}))
     return found
 
 
@@ -131,15 +141,35 @@ def _measured(path: Path, record: Mapping[str, Any], with_base: bool, inputs: in
     start = time.process_time()
     e = evidence(wiring, tensors, base=base, inputs=examples, thorough=True)
     seconds = time.process_time() - start
+    return {
+        "names": e.names, "values": e.values.tolist(),
+        "responses": [[float(f"{x:.4g}") for x in row] for row in e.responses.tolist()],
+        "missing": e.missing, "whole": dict(e.whole), "p_value": e.p_value, "target": e.target, "seconds": seconds,
+    }  # fmt: skip
+
+
+def _kept(path: Path, cache: Path) -> dict[str, Any]:
+    """The same from what `weightspace train backdoor` kept, made where it is not: no thorough tests."""
+    checkpoint = ws.open(path)
+    seen = observe({n: checkpoint[n] for n in checkpoint}, ws.wiring(path), cache)
+    values, names = seen.facts.classes, seen.names[0]
+    whole = dict(zip(seen.names[1], seen.facts.whole.tolist(), strict=True))
+    absent = TOKEN_TESTS if seen.facts.responses.shape[1] else (*INPUT_TESTS, *STAMP_TESTS)
+    return {
+        "names": names, "values": values.tolist(), "responses": seen.facts.responses.tolist(),
+        "missing": [n for n in names if n in absent],
+        "whole": {n: v for n, v in whole.items() if n.startswith("channel_")}, "p_value": seen.p_value,
+        "target": [seen.target, *(k for k in range(len(values)) if k != seen.target)], "seconds": float("nan"),
+    }  # fmt: skip
+
+
+def _truth(record: Mapping[str, Any]) -> dict[str, Any]:
     poison = record.get("poison") or {}
     targets = poison.get("targets") or ([poison["target"]] if poison else [])
-    if poison.get("attack") == "all-to-all":
-        targets = []
     return {
         "family": f"{record['population'].split('-')[0]}, {record.get('data')}", "run": record["run"],
-        "attack": str(poison.get("attack", "")), "targets": targets,
-        "worked": not poison or bool(record.get("attack_worked")), "names": e.names, "values": e.values.tolist(),
-        "missing": e.missing, "whole": dict(e.whole), "p_value": e.p_value, "target": e.target, "seconds": seconds,
+        "attack": str(poison.get("attack", "")), "targets": [] if poison.get("attack") == "all-to-all" else targets,
+        "worked": not poison or bool(record.get("attack_worked")),
     }  # fmt: skip
 
 
@@ -218,7 +248,8 @@ def table(rows: Sequence[Row], folds: int, alpha: float = 0.05) -> None:
             used = [(not r.attack, w[0]) for r, w in reached if r.worked]
             q, b = (np.array([p for is_clean, p in used if is_clean == want]) for want in (True, False))
             print(f"; among clean networks {_share(q, alpha)} of clean, {_share(b, alpha)} of bad", end="")
-        print(f"; {np.median([r.seconds for r in here]):.1f} CPU s a network")
+        seconds = np.median([r.seconds for r in here])
+        print(f"; {seconds:.1f} CPU s a network" if seconds == seconds else "")
     _pooled(pooled, alpha)
 
 
@@ -312,6 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--results", type=Path, help="rows are kept here, and not measured again")
+    parser.add_argument("--kept", type=Path, help="folder of evidence that was kept; attacks that failed are left out")
     parser.add_argument("--each", type=int, default=0, help="networks of a population, at most")
     parser.add_argument("--only", default="", help="networks whose file's name begins so")
     parser.add_argument("--base", action="store_true", help="children alone, each with its parent given")

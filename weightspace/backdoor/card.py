@@ -16,8 +16,9 @@ LIMITS = """\
   it.
 - It cannot see a backdoor that changes nothing in how the network treats inputs near those it probes with: triggers of
   several conditions, backdoors planted cryptographically (Goldwasser et al. 2022) or in the program around the weights.
-- Classes are compared with the same class, by number, of the clean training networks that a network is most like. A
-  network like them whose classes are in another order is judged against the wrong ones.
+- Classes are compared with the same class of the clean training networks that a network is most like. Which one that is
+  goes by number unless made-up pictures are answered as if they were in another order; with two classes, or words, by
+  number alone. What those networks were not trained on (other data for as many classes) may look odd for that.
 - All-to-all backdoors have no target class: no class stands out, and few were there to learn from.
 - A class that the training data favoured, or one that is told by a small mark (a watermark), looks like a target. A
   flag is a reason to look closer, no proof.
@@ -48,8 +49,8 @@ def model_card(detector: Detector, failed: int, left: Mapping[str, str]) -> str:
         "",
         f"{len(detector.heads.nets)} metanets that read the weights ({_size(detector.heads.nets):,} parameters each), "
         f"{len(detector.heads.questions)} sets of learned questions ({_size(detector.heads.questions):,} parameters), "
-        f"{len(detector.heads.evidence)} pairs of forests on training-free evidence, each trained without one part of "
-        "the networks. Weights in the stack, and among classes:",
+        "each trained without one part of the networks, and forests on training-free evidence of all. Weights in the "
+        "stack, and among classes:",
         "",
         _table(("head", "in the probability", "among classes"), [
             (name, f"{a:.2f}", f"{b:.2f}")

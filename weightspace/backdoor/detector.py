@@ -30,7 +30,7 @@ from weightspace.metanets.operator import OperatorMetanet
 from weightspace.metanets.readout import cell_mean
 from weightspace.metanets.structure import ACTIVATIONS
 
-CONFIG: dict[str, Any] = {"width": 16, "rounds": 3, "hidden": 32, "probes": 8, "embedding": 32, "dropout": 0.1}
+CONFIG: dict[str, Any] = {"width": 12, "rounds": 2, "hidden": 24, "probes": 0, "embedding": 24, "dropout": 0.1}
 """Of the detector that is shipped: small, since there are few networks to learn from."""
 
 _OWN = 3 + len(ACTIVATIONS)  # features of a node that say no place

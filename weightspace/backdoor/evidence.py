@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weightspace.backdoor.differences import CHANGE_TESTS, change_of, change_of_channels, change_tests
-from weightspace.backdoor.margins import Box, explore
+from weightspace.backdoor.margins import MOST, Box, explore, patch_side
 from weightspace.backdoor.null import CHANGES, cauchy, class_p_values, largest_p_value, outlier
 from weightspace.backdoor.outputs import ClassAxis, check_finite, class_axis, parts_of
+from weightspace.backdoor.responses import LARGEST, responses
 from weightspace.backdoor.spectra import by_factor, folded, isolation, leading, lipschitz
+from weightspace.backdoor.stamps import STAMP_TESTS, stamp_tests
 from weightspace.backdoor.tokens import TOKEN_TESTS, explore_words, vocabulary
 from weightspace.backdoor.weights_tests import ROW_TESTS, row_tests
 from weightspace.errors import WeightspaceError
@@ -24,7 +26,7 @@ Array = NDArray[np.float64]
 
 INPUT_TESTS = ("noise_mean", "noise_share", "noise_std", "margin", "margin_mean", "universal", "patch")
 THOROUGH_TESTS = ("seen_mean", "universal_small", "universal_wide", "sparse")
-CLASS_TESTS = (*ROW_TESTS, *INPUT_TESTS, *TOKEN_TESTS, *CHANGE_TESTS)
+CLASS_TESTS = (*ROW_TESTS, *INPUT_TESTS, *STAMP_TESTS, *TOKEN_TESTS, *CHANGE_TESTS)
 """Columns of ``Evidence.classes``, before ``THOROUGH_TESTS``; larger is more suspicious in each."""
 TELLING = ("universal", "margin", "patch", "noise_mean", "row_sum", "row_positive", "word_rise")
 """Tests that are combined into the p-value of a network without a reference; with a base, ``CHANGES`` as well."""
@@ -52,6 +54,7 @@ class Evidence:
     target: tuple[int, ...]
     missing: tuple[str, ...]
     axis: ClassAxis = field(repr=False)
+    responses: Array = field(repr=False)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -80,7 +83,8 @@ def evidence(
     parts = folded(wiring, state)
     cells = parts_of(wiring).cells
     values = row_tests(axis, state, parts)
-    values |= _through_inputs(wiring, state, axis, inputs, seed, thorough)
+    found, numbers, answers = _through_inputs(wiring, state, axis, inputs, seed, thorough)
+    values |= found
     change = change_of(wiring, state, base, siblings)
     if change is not None:
         values |= change_tests(axis, change)
@@ -90,20 +94,20 @@ def evidence(
     table = torch.stack([values.get(n, zero) for n in names], 1).numpy()
     table = np.nan_to_num(table, nan=0.0, posinf=1e12, neginf=-1e12)
     firsts, gaps = leading(parts, cells)
-    found = {"lipschitz": lipschitz(parts, cells), "isolation": isolation(parts, cells), "leading": firsts}
+    scores = {"lipschitz": lipschitz(parts, cells), "isolation": isolation(parts, cells), "leading": firsts}
     if thorough:
-        found["apart"] = isolation(parts, cells, balanced=True)
-    channels = {name: by_factor(score, cells, wiring) for name, score in found.items()}
+        scores["apart"] = isolation(parts, cells, balanced=True)
+    channels = {name: by_factor(score, cells, wiring) for name, score in scores.items()}
     shares: dict[str, float] = {}
     if change is not None:
         channels["change"], shares = change_of_channels(wiring, state, change)
-    whole = shares | {f"channel_{n}": _largest(c) for n, c in channels.items()}
+    whole = shares | numbers | {f"channel_{n}": _largest(c) for n, c in channels.items()}
     whole["gap_largest"] = max(gaps.values(), default=0.0)
     if "word_outlier" in values:
         # The classes of a network may be two: it is the other words that a word is compared with.
         whole["word_outlier"] = float(values["word_outlier"].max())
     leads: Array | None = values["word_p"].numpy() if "word_p" in values else None
-    return _judged(axis, names, table, missing, whole, channels, leads)
+    return _judged(axis, names, table, missing, whole, channels, leads, answers.numpy())
 
 
 def _largest(scores: Mapping[str, Tensor]) -> float:
@@ -112,7 +116,7 @@ def _largest(scores: Mapping[str, Tensor]) -> float:
 
 def _judged(
     axis: ClassAxis, names: tuple[str, ...], table: Array, missing: tuple[str, ...], whole: Mapping[str, float],
-    channels: Mapping[str, Mapping[str, Tensor]], leads: Array | None,
+    channels: Mapping[str, Mapping[str, Tensor]], leads: Array | None, answers: Array,
 ) -> Evidence:  # fmt: skip
     each = class_p_values(table)
     alone = largest_p_value(each)
@@ -130,6 +134,7 @@ def _judged(
     return Evidence(
         names=names, values=table, classes=outlier(table), whole=whole, channels=channels, p_values=done,
         p_value=float(cauchy(largest_p_value(joined))), target=tuple(int(k) for k in order), missing=missing, axis=axis,
+        responses=answers,
     )  # fmt: skip
 
 
@@ -169,20 +174,29 @@ def run_logits(wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis) -
 def _through_inputs(
     wiring: Wiring, tensors: Mapping[str, Tensor], axis: ClassAxis, inputs: Tensor | None, seed: int,
     thorough: bool,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:  # fmt: skip
+    """Tests of classes, numbers of the network, and its responses ``(classes, changes)``."""
     logits = run_logits(wiring, tensors, axis)
+    none = torch.zeros(axis.classes, 0, dtype=torch.float64)
     if logits is None:
-        return {}
+        return {}, {}, none
     assert wiring.program is not None
     example = wiring.program.args[0]
     generator = torch.Generator().manual_seed(seed)
     if not example.is_floating_point():
         words = vocabulary(wiring)
         if example.dim() != 2 or words < 2:
-            return {}
-        return explore_words(logits, example.shape[1], words, axis.classes, generator)
+            return {}, {}, none
+        return explore_words(logits, example.shape[1], words, axis.classes, generator), {}, none
     shape = tuple(int(n) for n in example.shape[1:])
-    return explore(logits, shape, axis.classes, box_of(wiring, inputs), generator, inputs, thorough)
+    found = explore(logits, shape, axis.classes, box_of(wiring, inputs), generator, inputs, thorough)
+    size = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    if not patch_side(shape) or size * shape[1] * shape[2] > LARGEST or axis.classes > MOST:
+        return found, {}, none
+    image = (shape[0], shape[1], shape[2])
+    targets = torch.arange(axis.classes)
+    stamps, numbers = stamp_tests(logits, image, axis.classes, targets, inputs)
+    return found | stamps, numbers, responses(logits, image, axis.classes)
 
 
 __all__ = ["CLASS_TESTS", "INPUT_TESTS", "TELLING", "THOROUGH_TESTS", "Evidence", "box_of", "evidence", "run_logits"]

@@ -16,27 +16,36 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from weightspace.backdoor.references import FEWEST, References, deviations
+from weightspace.backdoor.references import FEWEST, References, deviations, within
+from weightspace.backdoor.responses import group_numbers
+from weightspace.backdoor.surprise import beyond, families, of_network, rarity, summary, tops
 from weightspace.errors import MetanetError
 from weightspace.mergeability.forest import Forest
 
 Array = NDArray[np.float64]
 
 _FAR = 20.0
-_TREES = {"trees": 150, "leaf": 3, "share": 0.35}
-_CLASS_TREES = {"trees": 100, "leaf": 8, "share": 0.35}
+_TREES = {"trees": 150, "leaf": 3, "share": 0.3}
+_CLASS_TREES = {"trees": 60, "leaf": 8, "share": 0.25}
+_FEW_TREES = {"trees": 100, "leaf": 8, "share": 0.6}
+_KNOWN = 0.75
+"""Weight of the forest that knows which tests attacks show in, beside the one that does not."""
 
 
 @dataclass(frozen=True, eq=False)
 class Facts:
     """Evidence of one network as numbers: ``classes (K, tests)``, ``whole (statistics,)``; not finite is unknown.
 
-    ``descriptor (d,)``: what tells which networks it is like; empty where it is not known.
+    ``descriptor (d,)``: what tells which networks it is like; empty where it is not known. ``responses (K, changes)``:
+    answers to changed pictures, without columns where there are none;
+    ``frame``: what it is built of (``scanning.frame_of``), 0 where that is not known.
     """
 
     classes: Array
     whole: Array
     descriptor: Array = field(default_factory=lambda: np.zeros(0))
+    responses: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    frame: int = 0
 
 
 def relative(classes: Array) -> Array:
@@ -58,24 +67,38 @@ def standing(classes: Array) -> Array:
 
 
 @dataclass(frozen=True, eq=False)
+class Told:
+    """What forests see of a network: of each class ``(K, features)``, of the whole ``(features,)``, and the ``summary``
+    of how surprising it is (``weightspace.backdoor.surprise``); ``tests`` come first among the features of a class,
+    twice."""
+
+    classes: Array
+    whole: Array
+    summary: Array
+    tests: int
+
+
+@dataclass(frozen=True, eq=False)
 class Pair:
-    """A forest that judges classes, and one that judges networks by what the first says and by their evidence."""
+    """A forest that judges classes, one that judges networks by what the first says and by their evidence, and one
+    that judges them by how surprising they are alone."""
 
     classes: Forest
     network: Forest
+    surprise: Forest
 
     @classmethod
     def fit(
-        cls, facts: Sequence[Facts], told: Sequence[Array], targets: Sequence[Sequence[int]],
-        poisoned: Sequence[bool], weights: Sequence[float], seed: int,
+        cls, told: Sequence[Told], targets: Sequence[Sequence[int]], poisoned: Sequence[bool],
+        weights: Sequence[float], seed: int,
     ) -> Pair:  # fmt: skip
-        """Of networks: what is ``told`` of their classes ``(K, …)``, their targets, whether poisoned, their weight."""
+        """Of networks: what is told of them, their targets, whether poisoned, their weight."""
         rows, hits, worth, of = [], [], [], []
-        for number, (fact, own, bad, weight) in enumerate(zip(facts, targets, poisoned, weights, strict=True)):
+        for number, (one, own, bad, weight) in enumerate(zip(told, targets, poisoned, weights, strict=True)):
             if bad and not own:
                 continue
-            rows.append(told[number])
-            hit = np.zeros(len(fact.classes))
+            rows.append(one.classes)
+            hit = np.zeros(len(one.classes))
             hit[list(own)] = 1
             hits.append(hit)
             # Targets count as much as all other classes together, whichever the number of classes.
@@ -86,17 +109,19 @@ class Pair:
         # What the first forest says of its own training classes is too good: the second is told out-of-bag figures.
         inner = _inner(forest, x, y, w, np.asarray(of), seed)
         said = {n: inner[np.asarray(of) == n] for n in sorted(set(of))}
-        table = np.stack([
-            _row(f, told[n], said[n] if n in said else forest(told[n])[:, 0]) for n, f in enumerate(facts)
-        ])  # fmt: skip
-        truth = np.asarray(poisoned, dtype=np.float64)[:, None]
-        network = Forest.fit(table, truth, weight=np.asarray(weights), seed=seed, **_TREES)  # type: ignore[arg-type]
-        return cls(forest, network)
+        table = np.stack([_row(t, said[n] if n in said else forest(t.classes)[:, 0]) for n, t in enumerate(told)])
+        truth, share = np.asarray(poisoned, dtype=np.float64)[:, None], np.asarray(weights)
+        network = Forest.fit(table, truth, weight=share, seed=seed, **_TREES)  # type: ignore[arg-type]
+        summaries = np.stack([t.summary for t in told])
+        surprise = Forest.fit(summaries, truth, weight=share, seed=seed, **_FEW_TREES)  # type: ignore[arg-type]
+        return cls(forest, network, surprise)
 
-    def __call__(self, fact: Facts, told: Array) -> tuple[float, Array]:
+    def __call__(self, told: Told) -> tuple[float, Array]:
         """Log odds of a backdoor, and of each class being the target ``(K,)``."""
-        said = self.classes(told)[:, 0]
-        return float(_log_odds(self.network(_row(fact, told, said)[None])[:, 0])[0]), _log_odds(said)
+        said = self.classes(told.classes)[:, 0]
+        known = _log_odds(self.network(_row(told, said)[None])[:, 0])[0]
+        new = _log_odds(self.surprise(told.summary[None])[:, 0])[0]
+        return float(_KNOWN * known + (1 - _KNOWN) * new), _log_odds(said)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +129,15 @@ class EvidenceHead:
     """Two pairs of forests; ``names`` of the tests of classes and of statistics of whole networks, in their order.
 
     ``alone`` reads a network by itself; ``beside`` reads one that is like some of the ``references``, the clean
-    networks it was trained on, with what is usual there. None where they were too few or have no descriptors.
+    networks it was trained on, with what is usual there: ``usual (references, …)`` is what each of them shows among the
+    others. None where they were too few or have no descriptors.
     """
 
     names: tuple[tuple[str, ...], tuple[str, ...]]
     alone: Pair
     beside: Pair | None = None
     references: References | None = None
+    usual: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     @classmethod
     def fit(
@@ -121,43 +148,60 @@ class EvidenceHead:
         """Of networks, the targets of each, whether it is poisoned (all-to-all has no target), and its weight.
 
         Networks of one of the ``groups`` are related and no references for each other; none are where not given.
+        Those that are built as only clean or only poisoned ones are serve as references at most: they would teach that
+        everything built like that is.
         """
         if len(set(map(bool, poisoned))) < 2:
             raise MetanetError("the evidence head needs networks with and without a backdoor")
+        kinds = {f.frame: {bool(b) for g, b in zip(facts, poisoned, strict=True) if g.frame == f.frame} for f in facts}
+        telling = [n for n, f in enumerate(facts) if len(kinds[f.frame]) > 1] or list(range(len(facts)))
+
+        def pair(told: Sequence[Told]) -> Pair:
+            return Pair.fit(
+                [told[n] for n in telling], [targets[n] for n in telling], [poisoned[n] for n in telling],
+                [weights[n] for n in telling], seed,
+            )  # fmt: skip
+
         group = list(groups) or [str(n) for n in range(len(facts))]
         usable = [n for n, f in enumerate(facts) if not poisoned[n] and len(f.descriptor)]
-        alone = Pair.fit(facts, [relative(f.classes) for f in facts], targets, poisoned, weights, seed)
         if len(usable) < FEWEST:
-            return cls(names, alone)
+            return cls(names, pair([_alone(names, f, None) for f in facts]))
         among = np.array([group[n] for n in usable])
         references = References.fit(
-            [facts[n].descriptor for n in usable], [facts[n].classes for n in usable], among.tolist()
-        )
-        told = [_told(f, references, np.flatnonzero(among == group[n]).tolist()) for n, f in enumerate(facts)]
-        return cls(names, alone, Pair.fit(facts, told, targets, poisoned, weights, seed), references)
+            [facts[n].descriptor for n in usable], [facts[n].classes for n in usable], among.tolist(),
+            [facts[n].responses for n in usable], [facts[n].whole for n in usable], [facts[n].frame for n in usable],
+        )  # fmt: skip
+        related = [np.flatnonzero(among == group[n]).tolist() for n in range(len(facts))]
+        usual = np.stack([
+            tops(_beside(names, facts[n], references, related[n])[1]) for n in usable
+        ])  # fmt: skip
+        alone = pair([_alone(names, f, references, r) for f, r in zip(facts, related, strict=True)])
+        told = [_told(names, f, references, usual, r) for f, r in zip(facts, related, strict=True)]
+        return cls(names, alone, pair(told), references, usual)
 
     def __call__(self, facts: Sequence[Facts]) -> tuple[Array, list[Array]]:
         """Log odds of a backdoor ``(networks,)``, and of each class being the target ``(K,)``."""
         odds, classes = [], []
         for fact in facts:
             known = self.references
-            if self.beside is None or known is None or not len(known.near(fact.descriptor, len(fact.classes))):
-                whole, each = self.alone(fact, relative(fact.classes))
+            if self.beside is None or known is None or not len(_near(fact, known)):
+                whole, each = self.alone(_alone(self.names, fact, known))
             else:
-                whole, each = self.beside(fact, _told(fact, known))
+                whole, each = self.beside(_told(self.names, fact, known, self.usual))
             odds.append(whole)
             classes.append(each)
         return np.array(odds), classes
 
     def tensors(self) -> dict[str, NDArray[np.generic]]:
         """What ``of`` takes."""
+        pairs = {"alone": self.alone} | ({} if self.beside is None else {"beside": self.beside})
         parts: dict[str, Forest | References] = {
-            "alone.classes": self.alone.classes, "alone.network": self.alone.network
+            f"{name}.{f}": getattr(pair, f) for name, pair in pairs.items() for f in ("classes", "network", "surprise")
         }  # fmt: skip
-        if self.beside is not None and self.references is not None:
-            parts |= {"beside.classes": self.beside.classes, "beside.network": self.beside.network}
+        if self.references is not None:
             parts["references"] = self.references
-        return {f"{k}.{n}": t for k, part in parts.items() for n, t in part.tensors().items()}
+        found = {f"{k}.{n}": t for k, part in parts.items() for n, t in part.tensors().items()}
+        return found | {"usual": self.usual.astype(np.float32)}
 
     @classmethod
     def of(
@@ -169,34 +213,96 @@ class EvidenceHead:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         pairs = [
-            Pair(Forest.of(part(f"{name}.classes.")), Forest.of(part(f"{name}.network.")))
+            Pair(*(Forest.of(part(f"{name}.{f}.")) for f in ("classes", "network", "surprise")))
             for name in ("alone", "beside") if part(f"{name}.classes.")
         ]  # fmt: skip
         if len(pairs) < 2:
             return cls(names, pairs[0])
-        return cls(names, pairs[0], pairs[1], References.of(part("references.")))
+        usual = np.asarray(tensors["usual"], dtype=np.float64)
+        return cls(names, pairs[0], pairs[1], References.of(part("references.")), usual)
 
 
-def _told(fact: Facts, references: References | None, leave: Sequence[int] = ()) -> Array:
-    """What the first forest sees of classes: ``(K, 2 tests)``, or ``(K, 4 tests)`` where there are references."""
-    own = relative(fact.classes)
-    if references is None:
-        return own
-    return np.concatenate((own, references.judge(fact.descriptor, fact.classes, leave)), axis=1)
+def _groups(responses: Array) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Of every change the number of its group, and the groups; no numbers where there are no responses."""
+    numbers, groups = group_numbers()
+    return (numbers if responses.shape[1] else numbers[:0]), groups
 
 
-def _row(fact: Facts, told: Array, said: Array) -> Array:
-    """What the second forest sees of a network."""
-    order = np.sort(_log_odds(said))[::-1]
-    mean = float(np.mean(order))
-    whole = np.nan_to_num(fact.whole, nan=-1.0, posinf=1e6, neginf=-1e6)
-    suspect = [order[0], order[0] - order[min(1, len(order) - 1)], mean]
-    found = np.concatenate((standing(fact.classes), whole, suspect))
-    if told.shape[1] > 2 * fact.classes.shape[1]:
-        # Against the networks it is like: what stands out most and next, and the class that is suspected.
-        top = np.sort(told[:, 2 * fact.classes.shape[1] :], 0)
-        found = np.concatenate((found, top[-1], top[-2] if len(top) > 1 else top[-1], told[int(np.argmax(said))]))
+def _near(fact: Facts, references: References, leave: Sequence[int] = ()) -> NDArray[np.int64]:
+    return references.near(fact.descriptor, len(fact.classes), leave, frame=fact.frame)
+
+
+def _among(fact: Facts) -> Array:
+    """Of each group of responses the largest deviation from the other classes, and the mean, ``(K, 2 groups)``."""
+    numbers, groups = _groups(fact.responses)
+    found = np.zeros((len(fact.classes), 2 * len(groups)))
+    if len(numbers) and len(numbers) == fact.responses.shape[1] and len(fact.classes) > 2:
+        away = within(fact.responses)
+        for g in range(len(groups)):
+            own = away[:, numbers == g]
+            found[:, g], found[:, len(groups) + g] = own.max(1), own.mean(1)
     return found
+
+
+def _alone(
+    names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References | None,
+    leave: Sequence[int] = (),
+) -> Told:  # fmt: skip
+    """A network by itself; statistics of the whole, which mean the same in all networks, are held beside all."""
+    numbers = np.zeros(len(fact.whole))
+    if references is not None:
+        numbers = references.numbers(np.zeros(0), len(fact.classes), fact.whole, leave)
+    surprise = of_network(names[1], numbers)
+    classes = np.concatenate((relative(fact.classes), _among(fact)), axis=1)
+    told = summary(surprise, rarity(np.zeros(0), np.zeros((0, 0)), surprise))
+    return Told(classes, np.concatenate((_whole(fact), surprise)), told, fact.classes.shape[1])
+
+
+def _beside(
+    names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References, leave: Sequence[int]
+) -> tuple[Array, Array]:
+    """What is told of classes beside clean networks ``(K, …)``, and of the families of tests ``(K, families)``."""
+    numbers, groups = _groups(fact.responses)
+    classes, responses, order = fact.classes, fact.responses, np.arange(len(fact.classes))
+    if len(responses):
+        order = references.order(fact.descriptor, responses, leave, fact.frame)
+        back = np.argsort(order)
+        classes, responses = classes[back], responses[back]
+    judged = references.judge(fact.descriptor, classes, leave, fact.frame)[order]
+    answers = references.answers(fact.descriptor, responses, numbers, leave, fact.frame)
+    answers = answers[order] if answers.shape[1] else np.zeros((len(judged), 2 * len(groups)))
+    return np.concatenate((judged, answers), axis=1), families(names[0], judged, answers, groups)
+
+
+def _told(
+    names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References, usual: Array,
+    leave: Sequence[int] = (),
+) -> Told:  # fmt: skip
+    """A network beside the clean ones that it is like."""
+    beside, found = _beside(names, fact, references, leave)
+    near = _near(fact, references, leave)
+    numbers = references.numbers(fact.descriptor, len(fact.classes), fact.whole, leave, fact.frame)
+    most = tops(found)
+    over = beyond(most, usual[near]) if len(near) else np.zeros(usual.shape[1])
+    shared = of_network(names[1], numbers)
+    surprise = np.concatenate((over, shared))
+    in_order = summary(surprise, rarity(most, usual[near], shared))
+    classes = np.concatenate((relative(fact.classes), _among(fact), beside), axis=1)
+    return Told(classes, np.concatenate((_whole(fact), numbers, surprise, in_order)), in_order, fact.classes.shape[1])
+
+
+def _whole(fact: Facts) -> Array:
+    found = np.nan_to_num(fact.whole, nan=-1.0, posinf=1e6, neginf=-1e6)
+    return np.concatenate((standing(fact.classes), found))
+
+
+def _row(told: Told, said: Array) -> Array:
+    """What the second forest sees of a network: what stands out most and next, and the class that is suspected."""
+    order = np.sort(_log_odds(said))[::-1]
+    suspect = [order[0], order[0] - order[min(1, len(order) - 1)], float(np.mean(order))]
+    top = np.sort(told.classes[:, 2 * told.tests :], 0)
+    second = top[-2] if len(top) > 1 else top[-1]
+    return np.concatenate((told.whole, suspect, top[-1], second, told.classes[int(np.argmax(said))]))
 
 
 def _inner(forest: Forest, x: Array, y: Array, w: Array, of: NDArray[np.int64], seed: int) -> Array:
@@ -217,4 +323,4 @@ def _log_odds(p: Array) -> Array:
     return found
 
 
-__all__ = ["EvidenceHead", "Facts", "Pair", "relative", "standing"]
+__all__ = ["EvidenceHead", "Facts", "Pair", "Told", "relative", "standing"]

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from weightspace.backdoor.responses import beside, group_numbers
 from weightspace.errors import WeightspaceError
 
 Array = NDArray[np.float64]
@@ -87,6 +88,8 @@ TOGETHER = (
     "word_least", "word_outlier",
 )  # fmt: skip
 """Tests whose mean makes the score of a class: a backdoor moves all of them a little."""
+STAMPS = tuple(f"stamp{how}_{kind}" for kind in ("strokes", "leaves") for how in ("", "_held", "_least", "_share"))
+"""Tests of the square that sends most inputs to a class, whose mean makes a score of its own."""
 CHANGES = ("change_sum", "change_norm", "change_leading")
 """Tests of what changed of a base, whose mean makes another score of a class."""
 BEYOND = ("change_share", "channel_isolation", "channel_apart", "channel_lipschitz", "word_outlier")
@@ -121,6 +124,8 @@ class Described(Protocol):
     def missing(self) -> tuple[str, ...]: ...
     @property
     def whole(self) -> Mapping[str, float]: ...
+    @property
+    def responses(self) -> Array: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,8 @@ class Judged:
 @dataclass(frozen=True, eq=False)
 class Null:
     """What clean networks of a family show: ``classes (networks, classes, tests)``, ``whole (networks, numbers)``,
-    and the names of both; ``held``: what each of them shows among the others, of which ``count`` are independent.
+    and the names of both; ``responses (networks, classes, changes)``, without changes where they have none; ``held``:
+    what each of them shows among the others, of which ``count`` are independent.
 
     A class is compared with the same class of the clean networks: an 8 is easier to reach than a 1 for all of them.
     Where classes mean different things in different networks of the family, that comparison loses its edge but stays
@@ -150,6 +156,7 @@ class Null:
     classes: Array
     whole_names: tuple[str, ...]
     whole: Array
+    responses: Array
     held: Mapping[str, Array]
     count: int
 
@@ -170,9 +177,11 @@ class Null:
         x = standing(found.values[:, [found.names.index(n) for n in self.names]])
         w = _logged(np.array([found.whole[n] for n in self.whole_names]))
         z, zw = _against(self.classes, x), _against(self.whole, w)
-        statistics = _statistics(self.names, z, self.whole_names, zw)
+        answers = _answers(self.responses, found.responses)
+        statistics = _statistics(self.names, z, self.whole_names, zw, answers)
         p = {n: tail(self.held[n], v, self.count) for n, v in statistics.items()}
-        scores = np.maximum(_of_classes(self.names, z, TOGETHER), _of_classes(self.names, z, CHANGES))
+        tests = [_of_classes(self.names, z, of) for of in (TOGETHER, STAMPS, CHANGES)]
+        scores = np.max([*tests, answers], axis=0)
         return Judged(
             p_value=_joined([p[n] for n in p if n.startswith("=")]),
             p_values={n.lstrip("="): v for n, v in p.items()},
@@ -196,6 +205,8 @@ def null_from(clean: Sequence[Described], groups: Sequence[Hashable] | None = No
     whole_names = tuple(n for n in clean[0].whole if all(n in c.whole for c in clean))
     classes = np.array([standing(c.values[:, [c.names.index(n) for n in names]]) for c in clean])
     whole = np.array([_logged(np.array([c.whole[n] for n in whole_names])) for c in clean])
+    width = min(c.responses.shape[1] for c in clean)
+    responses = np.stack([c.responses[:, :width] if len(c.responses) else np.zeros((sizes[0], 0)) for c in clean])
     own = list(groups) if groups is not None else list(range(len(clean)))
     if len(own) != len(clean) or len(set(own)) < FEWEST:
         raise WeightspaceError(
@@ -207,13 +218,19 @@ def null_from(clean: Sequence[Described], groups: Sequence[Hashable] | None = No
         others = [k for k, group in enumerate(own) if group != mine]
         z = _against(classes[others], classes[i])
         zw = _against(whole[others], whole[i])
-        rows.append(_statistics(names, z, whole_names, zw))
+        rows.append(_statistics(names, z, whole_names, zw, _answers(responses[others], responses[i])))
     held = {n: np.array([r[n] for r in rows]) for n in rows[0]}
-    return Null(names, classes, whole_names, whole, held, len(set(own)))
+    return Null(names, classes, whole_names, whole, responses, held, len(set(own)))
 
 
 def tail(reference: Array, x: float, count: int = 0) -> float:
-    """p-value of ``x`` among few values of clean networks, by a Gumbel distribution with their mean and spread.
+    """p-value of ``x`` among few values of clean networks; see ``tails``."""
+    return float(tails(reference[:, None], np.array([x]), count)[0])
+
+
+def tails(reference: Array, x: Array, count: int = 0) -> Array:
+    """p-values of ``x (k,)`` among few values of clean networks ``(n, k)``, by Gumbel distributions with their mean and
+    spread.
 
     What is tested is a largest value of many, so its tail is an exponential; that mean and spread are estimates from
     ``count`` independent values (``len(reference)``) is allowed for as in a t-test.
@@ -221,14 +238,12 @@ def tail(reference: Array, x: float, count: int = 0) -> float:
     from scipy.stats import norm, t
 
     n = count or len(reference)
-    spread = max(float(reference.std(ddof=1)), 1e-6 * (1 + float(np.abs(reference).max())))
-    away = (x - float(reference.mean())) / (spread * math.sqrt(1 + 1 / n))
-    normal = float(-norm.isf(t.cdf(away, n - 1))) if away < 0 else float(norm.isf(t.sf(away, n - 1)))
-    if not math.isfinite(normal):
-        normal = math.copysign(37.0, away)
+    spread = np.maximum(reference.std(0, ddof=1), 1e-6 * (1 + np.abs(reference).max(0)))
+    away = (x - reference.mean(0)) / (spread * math.sqrt(1 + 1 / n))
+    far = np.clip(norm.isf(t.sf(np.abs(away), n - 1)), -37.0, 37.0)
     # Gumbel: mean 0.5772, standard deviation pi / sqrt 6.
-    found = -math.expm1(-math.exp(-(normal * math.pi / math.sqrt(6) + 0.5772)))
-    return min(1.0, max(SMALLEST, found))
+    found = -np.expm1(-np.exp(-(np.sign(away) * far * math.pi / math.sqrt(6) + 0.5772)))
+    return np.asarray(np.clip(found, SMALLEST, 1.0), dtype=np.float64)
 
 
 def _logged(whole: Array) -> Array:
@@ -247,13 +262,28 @@ def _of_classes(names: Sequence[str], z: Array, tests: Sequence[str]) -> Array:
     return found
 
 
-def _statistics(names: Sequence[str], z: Array, whole_names: Sequence[str], zw: Array) -> dict[str, float]:
+def _answers(reference: Array, x: Array) -> Array:
+    """The score of every class by how changed pictures are answered, ``(classes,)``; 0 where there is nothing."""
+    if not reference.shape[2] or x.shape[1] != reference.shape[2]:
+        return np.zeros(reference.shape[1])
+    told = beside(reference, x, group_numbers()[0])
+    found: Array = np.clip(told[:, : told.shape[1] // 2], -3, 10).mean(1)
+    return found
+
+
+def _statistics(
+    names: Sequence[str], z: Array, whole_names: Sequence[str], zw: Array, answers: Array
+) -> dict[str, float]:
     """What p-values are made for; those that are joined into one begin with an equals sign."""
     found = {n: float(z[:, i].max()) for i, n in enumerate(names)}
     found |= {n: float(v) for n, v in zip(whole_names, zw, strict=True)}
     found["=classes"] = float(_of_classes(names, z, TOGETHER).max())
+    if any(n in STAMPS for n in names):
+        found["=stamps"] = float(_of_classes(names, z, STAMPS).max())
     if any(n in CHANGES for n in names):
         found["=changes"] = float(_of_classes(names, z, CHANGES).max())
+    if answers.any():
+        found["=answers"] = float(answers.max())
     beyond = [float(v) for n, v in zip(whole_names, zw, strict=True) if n in BEYOND]
     if beyond:
         found["=channels"] = max(beyond)
@@ -265,6 +295,6 @@ def _joined(p: Sequence[float]) -> float:
 
 
 __all__ = [
-    "BEYOND", "CHANGES", "FEWEST", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values",
-    "largest_p_value", "null_from", "outlier", "standing", "tail",
+    "BEYOND", "CHANGES", "FEWEST", "STAMPS", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values",
+    "largest_p_value", "null_from", "outlier", "standing", "tail", "tails",
 ]  # fmt: skip

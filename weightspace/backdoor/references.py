@@ -14,11 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from weightspace.backdoor.responses import beside
+
 Array = NDArray[np.float64]
 
-NEIGHBOURS = 12
+NEIGHBOURS = 36
+"""Networks that one is compared with, of those that are built as it is: a dozen have too rough a spread."""
+FEW = 12
+"""Of those that are built otherwise, or where that is not known."""
 FEWEST = 4
 DIMENSIONS = 16
+OTHER_ORDER = 1.25
+"""How much more the classes' answers deviate as they are numbered than in the best order, for another to be meant."""
 _FAR = 15.0
 _USUAL = 0.98
 _LARGEST = 6e4
@@ -27,8 +34,10 @@ _LARGEST = 6e4
 @dataclass(frozen=True, eq=False)
 class References:
     """Clean networks: ``mean, scale (d,)`` and ``basis (d, m)`` of descriptors, ``views (n, m)`` of theirs,
-    ``classes (n,)`` how many each has, ``values (n, K, tests)`` with zeros after their classes, ``radii (n,)`` how far
-    its neighbours are from each, ``limit`` how many times as far a network's may be."""
+    ``classes (n,)`` how many each has, ``values (n, K, tests)`` with zeros after their classes, ``responses (n, K,
+    changes)`` likewise (zeros for networks that have none), ``whole (n, statistics)``, ``frames (n,)`` what they are
+    built of (``frame_of``), ``radii (n,)`` how far its neighbours are from each, ``limit`` how many times as far a
+    network's may be."""
 
     mean: Array
     scale: Array
@@ -36,14 +45,21 @@ class References:
     views: Array
     classes: NDArray[np.int64]
     values: Array
+    responses: Array
+    whole: Array
+    frames: NDArray[np.int64]
     radii: Array
     limit: float
 
     @classmethod
     def fit(
-        cls, descriptors: Sequence[Array], values: Sequence[Array], groups: Sequence[str] | None = None
-    ) -> References:
+        cls, descriptors: Sequence[Array], values: Sequence[Array], groups: Sequence[str] | None = None,
+        responses: Sequence[Array] | None = None, whole: Sequence[Array] | None = None,
+        frames: Sequence[int] | None = None,
+    ) -> References:  # fmt: skip
         """Of clean networks' descriptors ``(d,)`` and evidence of classes ``(K, tests)``, one each.
+
+        ``responses (K, changes)``, with no columns where a network has none, and ``whole (statistics,)`` of each.
 
         Networks of one of the ``groups`` are related, and no neighbours of each other.
         """
@@ -53,16 +69,20 @@ class References:
         z = np.clip((x - mean) / scale, -_FAR, _FAR)
         _, _, right = np.linalg.svd(z, full_matrices=False)
         basis = right[:DIMENSIONS].T
-        most = max(len(v) for v in values)
-        table = np.zeros((len(values), most, values[0].shape[1]))
-        for row, value in zip(table, values, strict=True):
-            row[: len(value)] = bounded(value)
+        table = _stacked(values)
+        answers = _stacked([np.zeros((len(v), 0)) for v in values] if responses is None else responses)
+        numbers = np.zeros((len(values), 0)) if whole is None else np.stack([_logged(w) for w in whole])
         classes = np.array([len(v) for v in values])
+        built = np.array([0] * len(values) if frames is None else list(frames), dtype=np.int64)
         views = z @ basis
         of = np.array(range(len(values)) if groups is None else list(groups))
         far = np.sqrt(((views[:, None] - views[None]) ** 2).sum(2))
         far[(of[:, None] == of[None]) | (classes[:, None] != classes[None])] = np.inf
-        order = np.argsort(far, axis=1, kind="stable")[:, :NEIGHBOURS]
+        other = built[:, None] != built[None]
+        # Where enough are built alike, others are no neighbours.
+        many = ((~other) & np.isfinite(far)).sum(1) >= FEWEST
+        far[many[:, None] & other] = np.inf
+        order = np.argsort(far, axis=1, kind="stable")[:, : NEIGHBOURS if frames is not None else FEW]
         found = np.take_along_axis(far, order, 1)
         radii = np.array([row[np.isfinite(row)][-1] if np.isfinite(row[0]) else np.inf for row in found])
         usual = [
@@ -70,31 +90,56 @@ class References:
             for r, o, f in zip(radii, order, found, strict=True) if np.isfinite(r) and r > 0
         ]  # fmt: skip
         limit = float(np.quantile(usual, _USUAL)) if usual else 0.0
-        return cls(mean, scale, basis, views, classes, table, radii, limit)
+        return cls(mean, scale, basis, views, classes, table, answers, numbers, built, radii, limit)
 
-    def near(self, descriptor: Array, classes: int, leave: Sequence[int] = ()) -> NDArray[np.int64]:
+    def near(
+        self, descriptor: Array, classes: int, leave: Sequence[int] = (), frame: int = 0
+    ) -> NDArray[np.int64]:
         """Numbers of the networks most like one with so many classes: none where it is like none of them.
 
-        ``leave``: numbers that are not asked, its relatives.
+        ``leave``: numbers that are not asked, its relatives. Of those that are built alike (``frame``) alone, where
+        there are enough.
         """
         own = self.classes == classes
         own[list(leave)] = False
-        numbers = np.flatnonzero(own)
+        alike = own & (self.frames == frame)
+        known = frame != 0 and alike.sum() >= FEWEST
+        numbers = np.flatnonzero(alike if known else own)
         if not len(descriptor) or len(numbers) < FEWEST:
             return numbers[:0]
         z = np.clip((np.asarray(descriptor, dtype=np.float64) - self.mean) / self.scale, -_FAR, _FAR) @ self.basis
         far = np.sqrt(((self.views[numbers] - z) ** 2).sum(1))
-        order = np.argsort(far, kind="stable")[:NEIGHBOURS]
+        order = np.argsort(far, kind="stable")[: NEIGHBOURS if known else FEW]
         radius = float(np.mean(self.radii[numbers[order]]))
         return numbers[order] if far[order[-1]] <= self.limit * radius else numbers[:0]
 
-    def judge(self, descriptor: Array, values: Array, leave: Sequence[int] = ()) -> Array:
+    def order(
+        self, descriptor: Array, responses: Array, leave: Sequence[int] = (), frame: int = 0
+    ) -> NDArray[np.int64]:
+        """Of each class the number of the one that answers most like it there, ``(K,)``: its own, as a rule.
+
+        Where classes have other numbers than in the clean networks all of them answer otherwise than expected; then
+        the assignment of least deviation is taken. A backdoor changes one class, or all a little, not their order.
+        """
+        from scipy.optimize import linear_sum_assignment
+
+        own = np.arange(len(responses))
+        near = self.near(descriptor, len(responses), leave, frame)
+        if not len(near) or len(own) < 3 or not responses.shape[1] or responses.shape[1] != self.responses.shape[2]:
+            return own
+        others = self.responses[near][:, : len(own)]
+        spread = others.std(0) + 0.1 * others.std((0, 1)) + 1e-3
+        away = np.clip(np.abs(bounded(responses)[:, None] - others.mean(0)) / spread, 0, 6).mean(2)
+        _, found = linear_sum_assignment(away)
+        return found if away.trace() > OTHER_ORDER * away[own, found].sum() else own
+
+    def judge(self, descriptor: Array, values: Array, leave: Sequence[int] = (), frame: int = 0) -> Array:
         """How far each class lies from the same class of the networks most like it: ``(K, 2 tests)``.
 
         In deviations of those networks, first relative to the other classes of its own network, then as it is;
         0 where it is like none. ``leave``: numbers of references that are not asked, its relatives.
         """
-        near = self.near(descriptor, len(values), leave)
+        near = self.near(descriptor, len(values), leave, frame)
         if not len(near):
             return np.zeros((len(values), 2 * values.shape[1]))
         others, value = self.values[near][:, : len(values)], bounded(values)
@@ -105,21 +150,73 @@ class References:
         told: Array = np.clip(np.concatenate((relative, plain), axis=1), -_FAR, _FAR)
         return told
 
+    def answers(
+        self, descriptor: Array, responses: Array, groups: NDArray[np.int64], leave: Sequence[int] = (),
+        frame: int = 0,
+    ) -> Array:  # fmt: skip
+        """How far the responses ``(K, changes)`` lie from those of the same class there: ``(K, 2 groups)``.
+
+        Of the changes of one of the ``groups (changes,)`` the largest deviation and the mean; 0 where there is
+        nothing to compare.
+        """
+        count = int(groups.max()) + 1 if len(groups) else 0
+        found = np.zeros((len(responses), 2 * count))
+        near = self.near(descriptor, len(responses), leave, frame)
+        if not len(near) or responses.shape[1] != len(groups) or self.responses.shape[2] != len(groups):
+            return found
+        return beside(self.responses[near][:, : len(responses)], bounded(responses), groups)
+
+    def numbers(
+        self, descriptor: Array, classes: int, whole: Array, leave: Sequence[int] = (), frame: int = 0
+    ) -> Array:
+        """How far statistics of the whole lie from theirs, ``(statistics,)``; from all where it is like none."""
+        near = self.near(descriptor, classes, leave, frame)
+        if self.whole.shape[1] != len(whole):
+            return np.zeros(len(whole))
+        # Some mean the same in all networks: where it is like none, all are asked.
+        others = self.whole[near] if len(near) else self.whole
+        found: Array = np.clip((_logged(whole) - others.mean(0)) / (others.std(0) + 0.05), -_FAR, _FAR)
+        return found
+
     def tensors(self) -> dict[str, NDArray[np.generic]]:
-        """What ``of`` takes: half precision where it is enough."""
+        """What ``of`` takes: half precision where it is enough, and of responses 256 steps between the extremes."""
+        low, high = (f(self.responses, axis=(0, 1), initial=0.0) for f in (np.min, np.max))
+        step = np.maximum(high - low, 1e-9) / 255
         return {
+            "low": low.astype(np.float32), "step": step.astype(np.float32),
             "mean": self.mean.astype(np.float32), "scale": self.scale.astype(np.float32),
             "basis": self.basis.astype(np.float16), "views": self.views.astype(np.float32),
             "classes": self.classes, "values": self.values.astype(np.float16),
+            "responses": np.rint((self.responses - low) / step).astype(np.uint8),
+            "whole": self.whole.astype(np.float32), "frames": self.frames,
             "radii": self.radii.astype(np.float32), "limit": np.array([self.limit]),
         }  # fmt: skip
 
     @classmethod
     def of(cls, tensors: Mapping[str, NDArray[np.generic]]) -> References:
         """What ``tensors`` gave."""
-        real = {k: np.asarray(v, dtype=np.float64) for k, v in tensors.items() if k not in ("classes", "limit")}
-        classes = np.asarray(tensors["classes"], dtype=np.int64)
-        return cls(classes=classes, limit=float(tensors["limit"][0]), **real)
+        whole = ("classes", "frames", "limit")
+        real = {k: np.asarray(v, dtype=np.float64) for k, v in tensors.items() if k not in whole}
+        classes, frames = (np.asarray(tensors[k], dtype=np.int64) for k in ("classes", "frames"))
+        low, step = real.pop("low"), real.pop("step")
+        real["responses"] = low + step * real["responses"]
+        return cls(classes=classes, frames=frames, limit=float(tensors["limit"][0]), **real)
+
+
+def _stacked(tables: Sequence[Array]) -> Array:
+    """Tables ``(K, columns)`` as one ``(n, K, columns)``, zeros where one has fewer classes or no columns."""
+    width = max(t.shape[1] for t in tables)
+    found = np.zeros((len(tables), max(map(len, tables)), width))
+    for row, table in zip(found, tables, strict=True):
+        row[: len(table), : table.shape[1]] = bounded(table)
+    return found
+
+
+def _logged(whole: Array) -> Array:
+    """Statistics of whole networks, some of which are large, with their signs."""
+    x = bounded(whole)
+    found: Array = np.sign(x) * np.log1p(np.abs(x))
+    return found
 
 
 def bounded(values: Array) -> Array:

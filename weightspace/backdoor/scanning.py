@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from weightspace.backdoor.evidence import CLASS_TESTS, Evidence, evidence
 from weightspace.backdoor.head import Facts, relative
 from weightspace.backdoor.outputs import class_axis
 from weightspace.backdoor.questions import Asked
+from weightspace.backdoor.stamps import STAMP_NUMBERS
 from weightspace.backdoor.subnets import separation
 from weightspace.backdoor.verdict import Verdict
 from weightspace.errors import WeightspaceError
@@ -33,8 +35,13 @@ if TYPE_CHECKING:
     from weightspace.wiring.wiring import Wiring
 
 
-WHOLE = ("channel_isolation", "channel_leading", "channel_lipschitz", "gap_largest", "word_outlier", "conductance")
+WHOLE = (
+    "channel_isolation", "channel_leading", "channel_lipschitz", "gap_largest", "word_outlier", "conductance",
+    *STAMP_NUMBERS,
+)  # fmt: skip
 """Statistics of whole networks that are read; 0 where one cannot be made."""
+VERSION = 2
+"""Of what is kept of evidence: to be raised when a test changes and its name does not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +80,8 @@ def observe(
     kept: dict[str, Any]
     found: Evidence | None = None
     if not tests:
-        kept = {"names": [[], []], "classes": [[]] * axis.classes, "whole": [], "p_value": 1.0, "target": 0}
+        kept = {"names": [[], []], "classes": [[]] * axis.classes, "whole": [], "p_value": 1.0, "target": 0,
+                "responses": [[]] * axis.classes}  # fmt: skip
     elif file is not None and file.is_file():
         kept = json.loads(file.read_bytes())
     else:
@@ -83,10 +91,19 @@ def observe(
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(kept).encode())
     descriptor = described([graph])[0].numpy() if tests else np.zeros(0)
-    facts = Facts(np.array(kept["classes"], dtype=np.float64), np.array(kept["whole"], dtype=np.float64), descriptor)
+    classes, whole, responses = (np.array(kept[k], dtype=np.float64) for k in ("classes", "whole", "responses"))
+    facts = Facts(classes, whole, descriptor, responses, frame_of(wiring))
     names = (tuple(kept["names"][0]), tuple(kept["names"][1]))
     asked = Asked(wiring, lain, axis)
     return Observed(graph, cell, asked, facts, names, kept["p_value"], kept["target"], found)
+
+
+def frame_of(wiring: Wiring) -> int:
+    """A number of what a network is built of: the shape of its inputs, how many tensors it has of each role."""
+    assert wiring.program is not None, "networks with a class axis can be run"
+    shapes = [tuple(x.shape[1:]) for x in wiring.program.args if isinstance(x, Tensor)]
+    counts = Counter(str(role) for role in wiring.roles.values())
+    return int(hashlib.sha256(repr((shapes, sorted(counts.items()))).encode()).hexdigest()[:15], 16)
 
 
 def completed(tensors: Mapping[str, Tensor], wiring: Wiring) -> dict[str, Tensor]:
@@ -109,6 +126,7 @@ def _kept(found: Evidence, conductance: float) -> dict[str, Any]:
         "names": [tests, known], "classes": np.asarray(found.values)[:, columns].tolist(),
         "whole": [float(whole.get(n, 0.0)) for n in known], "p_value": float(found.p_value),
         "target": int(found.target[0]),
+        "responses": [[float(f"{x:.4g}") for x in row] for row in found.responses.tolist()],
     }  # fmt: skip
 
 
@@ -117,7 +135,7 @@ def _key(graph: ParameterGraph) -> str:
     digest = hashlib.sha256()
     wiring = graph.wiring
     assert wiring is not None
-    digest.update(repr((CLASS_TESTS, WHOLE)).encode())
+    digest.update(repr((VERSION, CLASS_TESTS, WHOLE)).encode())
     digest.update(repr([(n, wiring.roles.get(n)) for n in graph.shapes]).encode())
     digest.update(repr(sorted(wiring.activations.items())).encode())
     for name in graph.shapes:
@@ -282,4 +300,4 @@ def _loaded(x: Any, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: found[n] for n in like}
 
 
-__all__ = ["WORDS", "Observed", "applies", "observe", "ranked", "scan_one"]
+__all__ = ["WORDS", "Observed", "applies", "frame_of", "observe", "ranked", "scan_one"]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 FILES = Path(__file__).parent / "files"
 WEIGHTS, CARD = "detector.safetensors", "MODEL_CARD.md"
-_FORMAT, _VERSION = "weightspace-backdoor", 2
+_FORMAT, _VERSION = "weightspace-backdoor", 3
 
 
 HEADS = ("metanet", "questions", "evidence")

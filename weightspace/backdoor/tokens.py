@@ -10,7 +10,7 @@ from torch import Tensor
 from weightspace.backdoor.margins import margins
 from weightspace.wiring.wiring import Wiring
 
-SENTENCES = 4
+SENTENCES = 8
 """Random sentences that every word is put into."""
 WORDS = 2048
 """Words tried at most: of a larger vocabulary those whose vectors are longest, and a sample."""

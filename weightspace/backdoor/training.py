@@ -2,7 +2,8 @@
 
 All heads are trained several times, each time without one part of the networks (families stay whole), and asked about
 that part: on these out-of-fold answers the heads are stacked, the probability calibrated and the threshold set. What is
-kept of a head is the average of its trainings, so no network is spent on calibration alone.
+kept of metanets and questions is the average of their trainings, and of forests one more that has seen all networks, so
+none is spent on calibration alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def balance(networks: Sequence[Labelled]) -> Array:
 
 def train(
     some: Sequence[Entry], names: Names, *, parts: int = FOLDS, metanet: bool = True, questions: bool = True,
-    evidence: bool = True, epochs: int = 12, asked: int = 25, seed: int = 0, config: dict[str, Any] | None = None,
+    evidence: bool = True, epochs: int = 8, asked: int = 20, seed: int = 0, config: dict[str, Any] | None = None,
 ) -> Trained:  # fmt: skip
     """Heads and how they are weighed, from networks with a backdoor that worked and clean ones.
 
@@ -145,14 +146,17 @@ def train(
     examples = [template.example(e.graph, e.seen.cell) for e in some] if metanet else []
     networks = [e.seen.asked for e in some]
     made: list[Heads] = []
+
+    def forests(of: list[int], number: int) -> tuple[EvidenceHead, ...]:
+        if not evidence:
+            return ()
+        return (EvidenceHead.fit(
+            names, [some[i].facts for i in of], [truths[i].targets for i in of], y[of].tolist(), weights[of].tolist(),
+            seed + number, [truths[i].group for i in of],
+        ),)  # fmt: skip
+
     for k in range(parts):
         rest, own = np.flatnonzero(part != k).tolist(), np.flatnonzero(part == k).tolist()
-        heads: list[EvidenceHead] = []
-        if evidence:
-            heads.append(EvidenceHead.fit(
-                names, [some[i].facts for i in rest], [truths[i].targets for i in rest], y[rest].tolist(),
-                weights[rest].tolist(), seed + k, [truths[i].group for i in rest],
-            ))  # fmt: skip
         nets: list[metanets.DetectorNet] = []
         asking: list[questioning.Questions] = []
         right, share = [answers[i] for i in rest], weights[rest].tolist()
@@ -162,8 +166,9 @@ def train(
             ))  # fmt: skip
         if questions:
             asking.append(questioning.train([networks[i] for i in rest], right, share, epochs=asked, seed=seed + k))
-        made.append(Heads(tuple(nets), tuple(asking), tuple(heads)))
-        told, rows = made[-1]([some[i].seen for i in own])
+        held = Heads(tuple(nets), tuple(asking), forests(rest, k))
+        made.append(replace(held, evidence=()))
+        told, rows = held([some[i].seen for i in own])
         odds[own] = told
         for i, row in zip(own, rows, strict=True):
             classes[i] = row
@@ -172,7 +177,8 @@ def train(
     stack = Stack.fit(odds, y, weights=weights)
     aimed = [i for i, t in enumerate(truths) if t.targets]
     mixture = fit_mixture([classes[i] for i in aimed], [truths[i].targets for i in aimed])
-    return Trained(joined(made), stack, mixture, odds, classes)
+    heads = replace(joined(made), evidence=forests(list(range(len(some))), parts))
+    return Trained(heads, stack, mixture, odds, classes)
 
 
 def fit(some: Sequence[Entry], names: Names, *, seed: int = 0, **options: Any) -> Detector:
