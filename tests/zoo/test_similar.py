@@ -67,6 +67,7 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 def test_inside_the_encoder_ranks_and_what_is_outside_comes_after(zoo: ws.Zoo) -> None:
     found = zoo.similar("inside-0.safetensors")
+    assert all(f"{n.distance:.3g}" in n.why or "up to symmetry" in n.why for n in found)
     assert [n.measure for n in found] == ["both"] * 3 + ["descriptor"] * 2
     assert found[0].name == "copy-of-0.safetensors"
     assert found[0].distance < 1e-3 < found[1].distance

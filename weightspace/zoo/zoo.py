@@ -47,6 +47,18 @@ class Neighbour:
     card: Mapping[str, Any]
     measure: Measure = "descriptor"
 
+    @property
+    def why(self) -> str:
+        """What the distance says, in words."""
+        if self.distance < 1e-6:
+            return f"the same up to symmetry, as the {self.measure} sees it"
+        scale = {
+            "encoder": "by the encoder; 1 is usual between networks trained independently",
+            "descriptor": "by statistics of the weights that no symmetry changes; 0 is the same",
+            "both": "by the mean of encoder and descriptor; 0 is the same",
+        }[self.measure]
+        return f"{self.distance:.3g} away {scale}"
+
 
 @dataclass(frozen=True)
 class IndexReport:
