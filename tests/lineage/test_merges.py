@@ -150,6 +150,16 @@ def test_float32_of_a_finer_network_is_its_child() -> None:
     assert (edge.parent, edge.kind, edge.undecided) == ("b", "converted", False)
 
 
+def test_equal_copies_that_were_rounded_all_come_from_the_finer_network() -> None:
+    short = {n: t.bfloat16() for n, t in family()["left"].items()}
+    models = {n: model(t) for n, t in family().items()} | {"a": model(short)}
+    models["b"] = model({n: t.float() for n, t in short.items()})
+    found = trace(models, moved=0)
+    assert [[(e.parent, e.kind, e.undecided) for e in found.parents(n)] for n in "ab"] == [
+        [("left", "converted", False)]
+    ] * 2
+
+
 def test_a_copy_under_other_names_is_found() -> None:
     renamed = {f"layer-{i}": t for i, t in enumerate(family()["right"].values())}
     models = {n: model(t) for n, t in family().items()} | {"z": from_tensors(renamed)}

@@ -62,6 +62,11 @@ def copies(
             how = None if relative[a, b] > _ROUNDED else step(a, b)
             if how is not None and how.kind != "copy":
                 found[b] = Copy(a, how)
+                # Its equals were rounded from the same network, unless a file says that they were copied afterwards.
+                for c in [c for c, x in found.items() if x.of == b and x.undecided and not x.recorded]:
+                    again = step(a, c)
+                    if again is not None and again.kind != "copy":
+                        found[c] = Copy(a, again)
                 break
     return found
 
