@@ -151,7 +151,8 @@ def title(page: str, shelf: Shelf | None = None) -> None:
     if opened is not None:
         told.append(f"zoo **{plain(opened.name)}**")
     if shelf is not None and shelf.names:
-        told.append(f"{len(shelf.names):,} models" + (f", {len(shelf.uploaded)} uploaded" if shelf.uploaded else ""))
+        told.append(f"{len(shelf.names):,} model{'' if len(shelf.names) == 1 else 's'}")
+        told[-1] += f", {len(shelf.uploaded)} uploaded" if shelf.uploaded else ""
     st.caption(" · ".join(told))
 
 
