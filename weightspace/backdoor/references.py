@@ -120,10 +120,13 @@ class References:
 
         Where classes have other numbers than in the clean networks all of them answer otherwise than expected; then
         the assignment of least deviation is taken. A backdoor changes one class, or all a little, not their order.
+        Only networks that are built alike are asked: others answer otherwise anyway.
         """
         from scipy.optimize import linear_sum_assignment
 
         own = np.arange(len(responses))
+        if frame == 0 or ((self.frames == frame) & (self.classes == len(own))).sum() < FEWEST:
+            return own
         near = self.near(descriptor, len(responses), leave, frame)
         if not len(near) or len(own) < 3 or not responses.shape[1] or responses.shape[1] != self.responses.shape[2]:
             return own
