@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo   train the starter zoo, index it, show similar models and a model card"
 	@echo "make test   ruff, mypy and the tests"
-	@echo "make slow   the tests that take longer: notebooks, the explorer in a browser, large networks"
+	@echo "make slow   the tests that take longer: the explorer in a browser, large networks"
 	@echo "make pretrain  train the pretrained metanets anew, with the populations that are missing (hours)"
 	@echo "make docs   write the API reference into site/"
 	@echo "make pretrain-backdoor  train the backdoor detector anew, with its population (hours)"
