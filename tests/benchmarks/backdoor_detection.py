@@ -24,7 +24,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,25 @@ def ours(some: Sequence[Entry], split: Split, names: Names, options: dict[str, A
         hits.append(float(min((order.index(t) for t in e.truth.targets), default=np.nan)))
     found["rank of target"] = np.array(hits)
     return found
+
+
+def blinded(entry: Entry) -> Entry:
+    """Without the answers to those changes that are attacks of the population in other words.
+
+    They are four looks (``filter``) and the waves along columns of three to seven periods (``sinusoid``).
+    """
+    from weightspace.backdoor.responses import FREQUENCIES, columns
+
+    groups, responses = np.array(columns()), entry.facts.responses.copy()
+    if not responses.shape[1]:
+        return entry
+    for group in dict.fromkeys(groups):
+        own = np.flatnonzero(groups == group)
+        if group.startswith("looks"):
+            responses[:, own[[0, 3, 4, 6]]] = 0
+        elif group.startswith("waves"):
+            responses[:, own.reshape(FREQUENCIES, 2, 4)[2:7, 1].ravel()] = 0
+    return replace(entry, seen=replace(entry.seen, facts=replace(entry.facts, responses=responses)))
 
 
 def flat(some: Sequence[Entry], split: Split) -> np.ndarray:
@@ -201,6 +220,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="of the metanet")
     parser.add_argument("--asked", type=int, default=20, help="epochs of the questions")
     parser.add_argument("--without", nargs="*", default=[], choices=["metanet", "questions"], help="heads to leave out")
+    parser.add_argument("--blind", action="store_true", help="without answers to looks and waves that attacks have")
     parser.add_argument("--tables-only", action="store_true", help="print what is in --results")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -213,7 +233,7 @@ def main() -> None:
         some, names, left = entries(worked, given.cache)
         for name, why in left.items():
             print(f"left out {name}: {why}", file=sys.stderr)
-        run(some, names, rows, given)
+        run([blinded(e) for e in some] if given.blind else some, names, rows, given)
         worked = [e.truth for e in some]
     poisoned = sum(n.poisoned for n in worked)
     print(f"\n{len(worked)} networks, {poisoned} poisoned; {failed} attacks that failed left out\n")
