@@ -113,11 +113,11 @@ def main() -> None:
         if arguments.bad is not None and "backdoor" in wanted:
             name = arguments.model or min(p.name for p in arguments.bad.glob("*bad*.safetensors"))
             with served(arguments.bad) as address:
-                page = browser.new_page(viewport={"width": 1360, "height": 1250})
+                page = browser.new_page(viewport={"width": 1360, "height": 1720})
                 page.goto(f"{address}/backdoor?model={name}")
                 settle(page)
                 press(page, "Locate")
-                take(page, "backdoor", 1250)
+                take(page, "backdoor", 1720)
         browser.close()
 
 
