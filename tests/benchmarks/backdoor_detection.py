@@ -6,6 +6,8 @@ Populations of clean and poisoned networks (``weightspace zoo build backdoors``)
 - ``attack``: a group of attacks that are alike is left out of training, and tested against clean networks held out;
 - ``data``: a data set is left out; ``architecture``: a kind of network is left out.
 
+``--shipped`` trains nothing: it asks the detector of the package about populations that were built after it.
+
 Methods: the verdict (all heads, stacked and calibrated inside the training part), each of them alone, the untrained
 p-value, and what was published or is simple: flat statistics of the weights with boosted trees, an aligned linear
 classifier (tensors laid on a reference by weight matching, ravelled, principal components, logistic regression, after
@@ -111,6 +113,30 @@ def ours(some: Sequence[Entry], split: Split, names: Names, options: dict[str, A
         hits.append(float(min((order.index(t) for t in e.truth.targets), default=np.nan)))
     found["rank of target"] = np.array(hits)
     return found
+
+
+def packaged(some: Sequence[Entry], rows: Rows) -> None:
+    """What the detector of the package says of networks, which must be none of those it was trained on."""
+    from weightspace.backdoor.scanning import applies
+    from weightspace.backdoor.shipped import shipped
+
+    known, keys = shipped(), [key(e.truth) for e in some]
+    said = known.read([e.seen for e in some])
+    verdict = known.stack.probability(said.heads)
+    hits = []
+    for e, own in zip(some, said.classes, strict=True):
+        order = np.argsort(-own, kind="stable").tolist()
+        hits.append(float(min((order.index(t) for t in e.truth.targets), default=np.nan)))
+    p_values = [max(e.seen.p_value, 1e-300) for e in some]
+    for method, values in (("verdict", verdict), ("rank of target", hits), ("p-value", -np.log10(p_values))):
+        rows.add("shipped: all", method, dict(zip(keys, map(float, values), strict=True)))
+    bad = np.array([e.truth.poisoned for e in some])
+    inside = np.array([applies(known, e.seen).inside for e in some])
+    flags = known.flags(said.odds, 0.05)
+    print(
+        f"\n{known.name}: {inside.sum()} of {len(some)} networks are inside its range; flagged at 5 %: "
+        f"{(flags & bad).sum()} of {bad.sum()} poisoned, {(flags & ~bad).sum()} of {(~bad).sum()} clean"
+    )
 
 
 def blinded(entry: Entry) -> Entry:
@@ -221,6 +247,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=20, help="epochs of the questions")
     parser.add_argument("--without", nargs="*", default=[], choices=["metanet", "questions"], help="heads to leave out")
     parser.add_argument("--blind", action="store_true", help="without answers to looks and waves that attacks have")
+    parser.add_argument("--shipped", action="store_true", help="only the detector that comes with the package")
     parser.add_argument("--tables-only", action="store_true", help="print what is in --results")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -233,7 +260,10 @@ def main() -> None:
         some, names, left = entries(worked, given.cache)
         for name, why in left.items():
             print(f"left out {name}: {why}", file=sys.stderr)
-        run([blinded(e) for e in some] if given.blind else some, names, rows, given)
+        if given.shipped:
+            packaged(some, rows)
+        else:
+            run([blinded(e) for e in some] if given.blind else some, names, rows, given)
         worked = [e.truth for e in some]
     poisoned = sum(n.poisoned for n in worked)
     print(f"\n{len(worked)} networks, {poisoned} poisoned; {failed} attacks that failed left out\n")
@@ -292,19 +322,25 @@ def tables(truths: Sequence[Labelled], rows: Rows) -> str:
     """Markdown: per kind of split every method, and per attack (or what is left out) the verdict and its rivals."""
     of = {key(t): t for t in truths}
     out = []
-    for kind in ("models", "attack", "data", "architecture"):
+    for kind in ("shipped", "models", "attack", "data", "architecture"):
         held = {split for split, _ in rows.found if split.startswith(f"{kind}: ")}
         if not held:
             continue
-        parts = [f"### {TITLES[kind]}", overall(of, rows, sorted(held)), detailed(of, rows, sorted(held), kind), ""]
+        parts = [
+            f"### {TITLES[kind]}",
+            overall(of, rows, sorted(held)),
+            detailed(of, rows, sorted(held), BY.get(kind, kind)),
+            "",
+        ]
         out.append("\n\n".join(parts))
     return "\n".join(out)
 
 
 TITLES = {
     "models": "Unseen models (attacks, data and architectures seen)", "attack": "Unseen attacks",
-    "data": "Unseen data", "architecture": "Unseen architectures",
+    "data": "Unseen data", "architecture": "Unseen architectures", "shipped": "The detector of the package",
 }  # fmt: skip
+BY = {"shipped": "models"}
 
 
 def gathered(of: dict[str, Labelled], rows: Rows, held: Sequence[str], method: str) -> tuple[np.ndarray, ...]:
