@@ -11,16 +11,22 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
-def test_a_notebook_runs(name: str, tmp_path: Path) -> None:
+def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("matplotlib")
     pytest.importorskip("ipykernel")
+    # As in Jupyter, whatever tests before this one asked of matplotlib.
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for recipe in NOTEBOOKS.glob("*.toml"):
         shutil.copy(recipe, tmp_path)
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     # How a cell's text is cut into outputs depends on timing; which cells say something does not.
     kept = [bool(cell.get("outputs")) for cell in notebook.cells]
-    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    # On a busy machine outputs arrive late; those that came after four seconds would be lost without a word.
+    client.NotebookClient(
+        notebook, timeout=600, iopub_timeout=120, raise_on_iopub_timeout=True,
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()  # fmt: skip
     assert [bool(cell.get("outputs")) for cell in notebook.cells] == kept
 
 

@@ -24,7 +24,7 @@ from tests.checkpoint import fixtures
 from weightspace.checkpoint import from_tensors, list_models
 from weightspace.errors import CheckpointError, UnsafeCheckpointError, WeightspaceError
 
-SECONDS = 1.0
+SECONDS = 3.0
 MEGABYTES = 200
 
 
