@@ -61,7 +61,7 @@ def model_card(detector: Detector, failed: int, left: Mapping[str, str]) -> str:
         "",
         "On networks held out with everything of their ancestry (models unseen, attacks and architectures seen). The",
         "tests and the sizes of the forests were chosen on this population by other splits of it, so these figures are",
-        "somewhat optimistic:",
+        "somewhat optimistic; `python tests/benchmarks/backdoor_detection.py FOLDER --shipped` asks it about others:",
         "",
         _table(("figure", "value"), [
             ("AUROC", f"{f['auroc']:.3f}"), *((f"AUROC, {n} alone", f"{f[f'auroc_{n}']:.3f}") for n in HEADS),
