@@ -220,17 +220,20 @@ def _with_data(
     options: Mapping[str, float],
 ) -> tuple[State, tuple[int, ...], tuple[float, float], float | None, str]:  # fmt: skip
     """Relearned or unlearned with clean inputs: state, classes, reached, kept, why."""
+    why = f"with {len(x)} clean inputs" + ("" if wanted else "; the easiest to reach of its classes")
+    given: dict[str, float] = {**({} if x.is_floating_point() else _BRIEF), **options}
+    if how == "unlearn" and wanted:
+        after, done = unlearn(net, state, x, y, wanted, seed=seed, **given)  # type: ignore[arg-type]
+        return after, wanted, (done.before, done.after), done.kept, why
     seen = reach(net, state, x, seed)
     # Whether there is a backdoor at all is for a scan to say: here the easiest class is dealt with in any case.
     aim = wanted or tuple(seen.outstanding()) or (int(seen.scores.argmax()),)
-    why = f"with {len(x)} clean inputs" + ("" if wanted else "; the easiest to reach of its classes")
     if how == "relearn":
         after, _ = relearn(net, state, x, y, seed=seed, **options)  # type: ignore[arg-type]
         rates = [float(r.rates[:, list(aim)].mean(0).max()) for r in (seen, reach(net, after, x, seed))]
         return after, aim, (rates[0], rates[1]), None, why
     # Where the class is a guess, the others are looked at as well, the more so the easier they are to reach.
-    more = None if wanted else seen.scores.clamp(min=0.05).square()
-    given: dict[str, float] = {**({} if x.is_floating_point() else _BRIEF), **options}
+    more = seen.scores.clamp(min=0.05).square()
     after, done = unlearn(net, state, x, y, aim, more=more, seed=seed, **given)  # type: ignore[arg-type]
     return after, aim, (done.before, done.after), done.kept, why
 

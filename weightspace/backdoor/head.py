@@ -5,7 +5,8 @@ of their spread, at which rank), so that it means the same whatever the architec
 and relative to the same class of the clean networks that it is most like (``weightspace.backdoor.references``).
 One forest judges classes: is this one the target? A second judges networks: by the largest, second largest and smallest
 values that classes have in each test, by what the first forest says of the classes, and by the statistics of the whole
-network. Trees only ask whether a value lies above a threshold, so units need no care.
+network. A third judges networks too, by how large the largest deviations are, whichever test they lie in. Trees only
+ask whether a value lies above a threshold, so units need no care.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightspace.backdoor.references import FEWEST, References, deviations, within
-from weightspace.backdoor.responses import group_numbers
+from weightspace.backdoor.responses import by_group, group_numbers
 from weightspace.backdoor.surprise import beyond, families, of_network, rarity, summary, tops
 from weightspace.errors import MetanetError
 from weightspace.mergeability.forest import Forest
@@ -126,7 +127,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class EvidenceHead:
-    """Two pairs of forests; ``names`` of the tests of classes and of statistics of whole networks, in their order.
+    """Two ``Pair``s of forests; ``names`` of the tests of classes and of statistics of whole networks, in their order.
 
     ``alone`` reads a network by itself; ``beside`` reads one that is like some of the ``references``, the clean
     networks it was trained on, with what is usual there: ``usual (references, …)`` is what each of them shows among the
@@ -235,13 +236,9 @@ def _near(fact: Facts, references: References, leave: Sequence[int] = ()) -> NDA
 def _among(fact: Facts) -> Array:
     """Of each group of responses the largest deviation from the other classes, and the mean, ``(K, 2 groups)``."""
     numbers, groups = _groups(fact.responses)
-    found = np.zeros((len(fact.classes), 2 * len(groups)))
     if len(numbers) and len(numbers) == fact.responses.shape[1] and len(fact.classes) > 2:
-        away = within(fact.responses)
-        for g in range(len(groups)):
-            own = away[:, numbers == g]
-            found[:, g], found[:, len(groups) + g] = own.max(1), own.mean(1)
-    return found
+        return by_group(within(fact.responses), numbers)
+    return np.zeros((len(fact.classes), 2 * len(groups)))
 
 
 def _alone(

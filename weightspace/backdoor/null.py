@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightspace.backdoor.responses import beside, group_numbers
+from weightspace.backdoor.stamps import STAMP_TESTS
 from weightspace.errors import WeightspaceError
 
 Array = NDArray[np.float64]
@@ -88,8 +89,6 @@ TOGETHER = (
     "word_least", "word_outlier",
 )  # fmt: skip
 """Tests whose mean makes the score of a class: a backdoor moves all of them a little."""
-STAMPS = tuple(f"stamp{how}_{kind}" for kind in ("strokes", "leaves") for how in ("", "_held", "_least", "_share"))
-"""Tests of the square that sends most inputs to a class, whose mean makes a score of its own."""
 CHANGES = ("change_sum", "change_norm", "change_leading")
 """Tests of what changed of a base, whose mean makes another score of a class."""
 BEYOND = ("change_share", "channel_isolation", "channel_apart", "channel_lipschitz", "word_outlier")
@@ -180,7 +179,7 @@ class Null:
         answers = _answers(self.responses, found.responses)
         statistics = _statistics(self.names, z, self.whole_names, zw, answers)
         p = {n: tail(self.held[n], v, self.count) for n, v in statistics.items()}
-        tests = [_of_classes(self.names, z, of) for of in (TOGETHER, STAMPS, CHANGES)]
+        tests = [_of_classes(self.names, z, of) for of in (TOGETHER, STAMP_TESTS, CHANGES)]
         scores = np.max([*tests, answers], axis=0)
         return Judged(
             p_value=_joined([p[n] for n in p if n.startswith("=")]),
@@ -278,8 +277,8 @@ def _statistics(
     found = {n: float(z[:, i].max()) for i, n in enumerate(names)}
     found |= {n: float(v) for n, v in zip(whole_names, zw, strict=True)}
     found["=classes"] = float(_of_classes(names, z, TOGETHER).max())
-    if any(n in STAMPS for n in names):
-        found["=stamps"] = float(_of_classes(names, z, STAMPS).max())
+    if any(n in STAMP_TESTS for n in names):
+        found["=stamps"] = float(_of_classes(names, z, STAMP_TESTS).max())
     if any(n in CHANGES for n in names):
         found["=changes"] = float(_of_classes(names, z, CHANGES).max())
     if answers.any():
@@ -295,6 +294,6 @@ def _joined(p: Sequence[float]) -> float:
 
 
 __all__ = [
-    "BEYOND", "CHANGES", "FEWEST", "STAMPS", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values",
+    "BEYOND", "CHANGES", "FEWEST", "TOGETHER", "Described", "Judged", "Null", "cauchy", "class_p_values",
     "largest_p_value", "null_from", "outlier", "standing", "tail", "tails",
 ]  # fmt: skip

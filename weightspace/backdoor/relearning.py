@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from weightspace.align.repair import reset_statistics
 from weightspace.backdoor.corruptions import corrupted
 from weightspace.backdoor.running import Net, State, logits
-from weightspace.backdoor.triggers import words_of
 
 ENTRIES = 2**26
 """Numbers that a pool of views may hold, 256 MiB."""
@@ -46,14 +45,14 @@ def relearn(
     Weights begin as sqrt(1 − ``noise``²) of what they were plus ``noise`` times their own deviation at random, and
     running statistics of norms are measured there. ``steps`` of AdamW (``rate`` falls along a cosine, ``decay`` of
     weights alone) take the divergence from the answers to ``batch`` of ``pool`` views, plus ``steady`` times the
-    cross-entropy of as many randomly changed ones (of numbers; sentences have none) with the answers before the change.
+    cross-entropy of as many randomly changed ones with the answers before the change. Inputs are numbers, not words.
     Nothing is held out: a tenth of a hundred inputs tells little, and its lack costs accuracy.
     """
     generator = torch.Generator().manual_seed(seed)
     teacher = {n: t.detach() for n, t in state.items()}
     size = min(pool, max(LEAST, ENTRIES // x[0].numel()))
     z, soft, believed = _views(net, teacher, x, y, size, generator)
-    odd, right = _changed(net, teacher, x, y, size if steady and x.is_floating_point() else 0, generator)
+    odd, right = _changed(net, teacher, x, y, size if steady else 0, generator)
     begun = _begun(net, teacher, z, noise, generator)
     leaves = {n: begun[n].clone().requires_grad_(True) for n in net.learned}
     now: State = {**begun, **leaves}
@@ -105,13 +104,10 @@ def _views(
     first = torch.randint(len(x), (count,), generator=generator)
     second = torch.randperm(count, generator=generator)
     share = torch.rand(count, generator=generator)
-    if x.is_floating_point():
-        v = moved(x[first], generator)
-        w = share.view(-1, *[1] * (x.dim() - 1))
-        z = (1 - w) * v + w * v[second]
-        z = z if x.dim() == 4 else z + 0.1 * x.std() * torch.randn(z.shape, generator=generator)
-    else:
-        z, share = exchanged(x[first], words_of(net.wiring), generator), torch.zeros(count)
+    v = moved(x[first], generator)
+    w = share.view(-1, *[1] * (x.dim() - 1))
+    z = (1 - w) * v + w * v[second]
+    z = z if x.dim() == 4 else z + 0.1 * x.std() * torch.randn(z.shape, generator=generator)
     soft = logits(net, state, z).softmax(1)
     said, own = soft.argmax(1), logits(net, state, x).argmax(1)
     fits = torch.zeros(count, dtype=torch.bool)
@@ -162,14 +158,4 @@ def moved(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(parts)
 
 
-def exchanged(x: Tensor, words: int, generator: torch.Generator) -> Tensor:
-    """Sentences (n, length) with up to a third of their words exchanged, for those of others and for any words."""
-    share = torch.rand(len(x), 1, generator=generator) / 3
-    swap = torch.rand(x.shape, generator=generator) < share
-    other = x[torch.randperm(len(x), generator=generator)]
-    drawn = torch.randint(1, words, x.shape, generator=generator).to(x.dtype)
-    put = torch.where(torch.rand(x.shape, generator=generator) < 0.5, drawn, other)
-    return torch.where(swap & (x != 0) & (put != 0), put, x)
-
-
-__all__ = ["Relearned", "exchanged", "moved", "relearn"]
+__all__ = ["Relearned", "moved", "relearn"]

@@ -87,11 +87,14 @@ def beside(usual: Array, own: Array, numbers: NDArray[np.int64]) -> Array:
 
     ``(K, 2 groups)``: of the columns of each group (``numbers (columns,)``) the largest deviation, and the mean.
     """
-    count = int(numbers.max()) + 1
     # A number that hardly varies among classes and networks would make a sensation of nothing.
     floor = FLOOR * usual.std((0, 1)) + 1e-3
-    away = np.clip((own - usual.mean(0)) / (usual.std(0) + floor), -FAR, FAR)
-    parts = [away[:, numbers == g] for g in range(count)]
+    return by_group(np.clip((own - usual.mean(0)) / (usual.std(0) + floor), -FAR, FAR), numbers)
+
+
+def by_group(away: Array, numbers: NDArray[np.int64]) -> Array:
+    """Of deviations ``(K, columns)`` the largest in each group, and the mean: ``(K, 2 groups)``."""
+    parts = [away[:, numbers == g] for g in range(int(numbers.max()) + 1)]
     return np.stack([p.max(1) for p in parts] + [p.mean(1) for p in parts], 1)
 
 
@@ -158,4 +161,4 @@ def pulls(x: Tensor) -> list[Tensor]:
     ]  # fmt: skip
 
 
-__all__ = ["KINDS", "LARGEST", "MEASURES", "battery", "beside", "columns", "group_numbers", "responses"]
+__all__ = ["KINDS", "LARGEST", "MEASURES", "battery", "beside", "by_group", "columns", "group_numbers", "responses"]
