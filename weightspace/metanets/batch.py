@@ -143,7 +143,7 @@ def prepare(graphs: Sequence[ParameterGraph], structure: Structure, lazy: bool |
     if not bool(torch.isfinite(stacked).all()) or not bool(torch.isfinite(held).all()):
         raise MetanetError("this network has weights that are infinite or not a number (a diverged training?)")
     formed = torch.stack(shapes) if shapes else torch.empty(0, len(graphs), SHAPE_FEATURES, dtype=torch.float64)
-    return Item(structure, tuple(weights), stacked, formed, held, _affine(structure, held[0]), tuple(graphs))
+    return Item(structure, tuple(weights), stacked, formed, held, affine_of(structure, held[0]), tuple(graphs))
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -442,8 +442,10 @@ def _differences(found: list[Tensor]) -> Tensor:
     return torch.stack([found[0], *(x - found[0] for x in found[1:])])
 
 
-def _affine(structure: Structure, values: Tensor) -> Tensor:
+def affine_of(structure: Structure, values: Tensor) -> Tensor:
     """Factor and shift per node, ``(nodes, 2)``: vectors composed in the order of their use, as far as roles say how.
+
+    ``values (rows,)``: the elements of the vectors of a structure, end to end.
 
     Exact for a bias and for a batch norm in evaluation but for its epsilon; where many layers share their neurons
     it is only an order of magnitude, which is bounded.

@@ -17,6 +17,7 @@ from weightspace.metanets.pyg_layers import (
     pooled,
     scatter,
 )
+from weightspace.metanets.pyg_probes import EdgeProbes
 
 
 class Gmn(ReferenceMetanet):
@@ -29,38 +30,40 @@ class Gmn(ReferenceMetanet):
     An edge is a pair of channels with its kernel on a grid ``kernel`` × ``kernel`` (``edges="channel"``), or every
     weight (``edges="scalar"``), as in the paper. A pair of nodes has one edge state, read in both directions.
     The default is a width of 32 with 4 layers; the paper compares metanetworks of about 50,000 parameters.
-    ``Gmn(hidden=16, layers=3)`` is a small one. Permutation-invariant.
+    ``Gmn(hidden=16, layers=3)`` is a small one. ``probes``: as in ``NeuralGraphs``, not in the paper.
+    Permutation-invariant.
     """
 
     vectors = "nodes"
 
     def __init__(
         self, outputs: int = 1, hidden: int = 32, layers: int = 4, dropout: float = 0.0, kernel: int = 7,
-        edges: str = "channel",
+        edges: str = "channel", probes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = checked(
             {"kind": "gmn", "outputs": outputs, "hidden": hidden, "layers": layers, "dropout": dropout,
-             "kernel": kernel, "edges": edges}
+             "kernel": kernel, "edges": edges, "probes": probes}
         )  # fmt: skip
         if edges not in ("channel", "scalar"):
             raise MetanetError(f"edges can be 'channel' or 'scalar', found {edges!r}")
         self.kernel = kernel if edges == "channel" else 1
-        self.nodes = NodeEncoder(self.kernel, hidden, entries=False)
+        self.probes = EdgeProbes(self.kernel, probes) if probes else None
+        self.nodes = NodeEncoder(self.kernel, hidden, False, probes)
         self.edges = EdgeEncoder(self.kernel, hidden)
         self.layers = nn.ModuleList(_Layer(hidden, dropout) for _ in range(layers))
         self.start = nn.Parameter(torch.zeros(hidden))
-        self.head = mlp(5 * hidden, 2 * hidden, outputs, dropout)
+        self.head = mlp(5 * hidden + 3 * probes, 2 * hidden, outputs, dropout)
 
     def forward(self, batch: Batch) -> Tensor:
         batch = batch.as_type(self.dtype)
-        nodes, edges = self.nodes(batch), self.edges(batch)
+        values = self.values(batch)
+        nodes, edges = self.nodes(batch, values), self.edges(batch)
         whole = self.start.expand(batch.size, -1)
         for layer in self.layers:
             nodes, edges, whole = layer(nodes, edges, whole, batch)
-        found: Tensor = self.head(
-            torch.cat((whole, pooled(nodes, batch), scatter(edges, batch.edge_graph, batch.size, "mean")), dim=1)
-        )
+        read = pooled(torch.cat((nodes, values), dim=1), batch)
+        found: Tensor = self.head(torch.cat((whole, read, scatter(edges, batch.edge_graph, batch.size, "mean")), dim=1))
         return found
 
 

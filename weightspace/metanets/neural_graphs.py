@@ -15,6 +15,7 @@ from weightspace.metanets.pyg_layers import (
     mlp,
     pooled,
 )
+from weightspace.metanets.pyg_probes import EdgeProbes
 
 _AGGREGATORS = ["mean", "min", "max", "std"]
 _SCALERS = ["identity", "amplification"]
@@ -28,8 +29,8 @@ class NeuralGraphs(ReferenceMetanet):
     pinned, the position are features of nodes. Messages are modulated by the edge (Perez et al. 2018), come along
     the edges and against them, and are gathered by mean, minimum, maximum and standard deviation, each also
     amplified by the logarithm of their number, in units of that of ``degree`` messages. Edges are updated in every
-    layer but the last. Weights enter through ``fourier`` random frequencies (0: as they are). Probe features are
-    left out.
+    layer but the last. Weights enter through ``fourier`` random frequencies (0: as they are). ``probes``: learned
+    inputs whose values in every neuron are features of it, and read out (0: none; see ``EdgeProbes``).
 
     The defaults are those of the paper's comparison, 4 layers of width 64; ``NeuralGraphs(hidden=16, layers=3,
     fourier=16)`` is a small one. Permutation-invariant.
@@ -37,25 +38,27 @@ class NeuralGraphs(ReferenceMetanet):
 
     def __init__(
         self, outputs: int = 1, hidden: int = 64, layers: int = 4, dropout: float = 0.0, kernel: int = 7,
-        fourier: int = 64, degree: int = 32,
+        fourier: int = 64, degree: int = 32, probes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = checked(
             {"kind": "neural-graphs", "outputs": outputs, "hidden": hidden, "layers": layers, "dropout": dropout,
-             "kernel": kernel, "fourier": fourier, "degree": degree}
+             "kernel": kernel, "fourier": fourier, "degree": degree, "probes": probes}
         )  # fmt: skip
         self.kernel = kernel
-        self.nodes = NodeEncoder(kernel, hidden, entries=True)
+        self.probes = EdgeProbes(kernel, probes) if probes else None
+        self.nodes = NodeEncoder(kernel, hidden, True, probes)
         self.edges = EdgeEncoder(kernel, hidden, fourier)
         self.layers = nn.ModuleList(_Layer(hidden, dropout, degree, i < layers - 1) for i in range(layers))
-        self.head = mlp(3 * hidden, 2 * hidden, outputs, dropout)
+        self.head = mlp(3 * (hidden + probes), 2 * hidden, outputs, dropout)
 
     def forward(self, batch: Batch) -> Tensor:
         batch = batch.as_type(self.dtype)
-        nodes, edges = self.nodes(batch), self.edges(batch)
+        values = self.values(batch)
+        nodes, edges = self.nodes(batch, values), self.edges(batch)
         for layer in self.layers:
             nodes, edges = layer(nodes, edges, batch)
-        found: Tensor = self.head(pooled(nodes, batch))
+        found: Tensor = self.head(pooled(torch.cat((nodes, values), dim=1), batch))
         return found
 
 

@@ -31,7 +31,7 @@ from weightspace.errors import MetanetError
 from weightspace.graph import ParameterGraph
 from weightspace.metanets.base import Metanet
 from weightspace.metanets.batch import CHUNK, Batch, Bucket, Item, collate, prepare
-from weightspace.metanets.probes import Probes
+from weightspace.metanets.probes import STEPS, Probes
 from weightspace.metanets.readout import GraphReadout, cell_mean, relative_scales
 from weightspace.metanets.structure import (
     BLOCK_FEATURES,
@@ -42,7 +42,6 @@ from weightspace.metanets.structure import (
 )
 
 _VALUE_FEATURES = 4
-_PROBE_STEPS = 6
 # Elements of gated states that are made at once.
 _CACHED = 1 << 19
 
@@ -87,7 +86,7 @@ class OperatorMetanet(Metanet):
         }  # fmt: skip
         self.models, self.transfer, self.scale = models, transfer, scale
         self.channels = channel_count(models)
-        self.probes = Probes(probes, _PROBE_STEPS) if probes else None
+        self.probes = Probes(probes, STEPS) if probes else None
         self.probe_in = nn.Linear(max(probes, 1), width, bias=False)
         self.node_in = nn.Linear(NODE_FEATURES, width)
         self.value_in = nn.Sequential(

@@ -28,6 +28,8 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "softplus": F.softplus, "abs": torch.abs,
 }  # fmt: skip
 _BOUND = 5.0
+STEPS = 6
+"""Steps that values are followed for: those of networks with as many layers."""
 
 
 class Probes(nn.Module):
@@ -51,8 +53,7 @@ class Probes(nn.Module):
         fed = batch.marks[batch.cell, :1] > 0
         frequency = batch.frequency.to(given.dtype).unsqueeze(1)
         factor, shift = batch.affine.to(given.dtype).unsqueeze(2).unbind(1)
-        present = [k for k in batch.activation.unique().tolist() if k >= 0]
-        kinds = [(k, (batch.activation == k).unsqueeze(1)) for k in present]
+        kinds = activations(batch.activation)
         textures = [1 + self.texture(op.coordinates[:, 1:]) for op in operators]
         values = torch.where(fed, given, 0)
         for _ in range(self.steps):
@@ -61,11 +62,21 @@ class Probes(nn.Module):
                 heard = heard.index_add(0, op.bucket.dst.flatten(), _along(op, values, texture).to(values.dtype))
             if batch.links.numel():
                 heard = heard.index_add(0, batch.links[1], values[batch.links[0]])
-            heard = factor * heard + shift
-            for kind, acts in kinds:
-                heard = torch.where(acts, activated(POINTWISE[kind], heard, frequency), heard)
-            values = torch.where(fed, given, bounded(heard))
+            values = torch.where(fed, given, passed(factor * heard + shift, kinds, frequency))
         return values
+
+
+def activations(activation: Tensor) -> list[tuple[str, Tensor]]:
+    """The functions of ``POINTWISE`` that nodes go through, by number ``(nodes,)``: name, and where ``(n, 1)``."""
+    present = [k for k in activation.unique().tolist() if k >= 0]
+    return [(POINTWISE[k], (activation == k).unsqueeze(1)) for k in present]
+
+
+def passed(heard: Tensor, kinds: Sequence[tuple[str, Tensor]], frequency: Tensor) -> Tensor:
+    """Sums ``(nodes, count)`` after the activation of each node, and bounded."""
+    for name, acts in kinds:
+        heard = torch.where(acts, activated(name, heard, frequency), heard)
+    return bounded(heard)
 
 
 def bounded(x: Tensor) -> Tensor:

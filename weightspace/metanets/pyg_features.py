@@ -20,6 +20,7 @@ from torch import Tensor
 
 from weightspace.errors import MetanetError
 from weightspace.graph.layout import Block, Vector
+from weightspace.metanets.batch import affine_of
 from weightspace.metanets.scales import Copy, Scales, scales_of
 from weightspace.metanets.structure import (
     BLOCK_FEATURES,
@@ -59,12 +60,14 @@ class Tables:
     """All that networks of one wiring share: N nodes, E edges, V entries, T types of edges, P grid positions.
 
     ``places`` index the elements of the tensors ``names`` laid end to end, followed by a zero for empty positions.
-    ``node_mark``: 0 hidden, 1 input, 2 output.
+    ``node_mark``: 0 hidden, 1 input, 2 output; ``activation`` and ``frequency`` as in ``Structure``.
     """
 
     names: tuple[str, ...]
     nodes: Tensor
     node_mark: Tensor
+    activation: Tensor
+    frequency: Tensor
     edge_index: Tensor
     edge_type: Tensor
     edge_places: Tensor
@@ -78,10 +81,12 @@ class Tables:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One network: the tables of its wiring and its weights end to end, followed by a zero."""
+    """One network: the tables of its wiring, its weights end to end, followed by a zero, and, where asked for, what
+    its vectors do to a value that passes a node, ``affine (N, 2)`` (see ``batch.affine_of``; else ``(0, 2)``)."""
 
     tables: Tables
     flat: Tensor
+    affine: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +99,9 @@ class Batch:
     size: int
     nodes: Tensor
     node_mark: Tensor
+    activation: Tensor
+    frequency: Tensor
+    affine: Tensor
     node_graph: Tensor
     edge_index: Tensor
     edge_type: Tensor
@@ -136,12 +144,22 @@ def tables_of(graph: ParameterGraph, kernel: int, vectors: str, symmetry: str = 
     return known[key]
 
 
-def item_of(graph: ParameterGraph, tables: Tables) -> Item:
-    """The weights of one network for its tables. What is not a number counts as zero."""
+def item_of(graph: ParameterGraph, tables: Tables, affine: bool = False) -> Item:
+    """The weights of one network for its tables, with ``affine`` where asked. What is not a number counts as zero."""
     tensors = [graph.real(name) for name in tables.names]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     flat = torch.cat([*(x.reshape(-1).to(dtype) for x in tensors), torch.zeros(1, dtype=dtype)])
-    return Item(tables, flat.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+    flat.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return Item(tables, flat, _affine(graph, tables, dtype) if affine else torch.empty(0, 2, dtype=dtype))
+
+
+def _affine(graph: ParameterGraph, tables: Tables, dtype: torch.dtype) -> Tensor:
+    structure = structure_of(graph)
+    values = [graph.weight(v.vector).to(dtype).flatten() for v in structure.vectors]
+    held = torch.cat([torch.empty(0, dtype=dtype), *values]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    found = torch.tensor([1.0, 0.0], dtype=dtype).repeat(len(tables.nodes), 1)
+    found[: structure.num_nodes] = affine_of(structure, held)
+    return found
 
 
 def batch_of(items: Sequence[Item]) -> Batch:
@@ -155,7 +173,8 @@ def batch_of(items: Sequence[Item]) -> Batch:
     nodes = types = 0
     for members in groups.values():
         tables = items[members[0]].tables
-        parts.append(_repeated(tables, torch.stack([items[i].flat for i in members]), members, nodes, types))
+        own = [items[i] for i in members]
+        parts.append(_repeated(tables, own, members, nodes, types))
         nodes += len(members) * tables.nodes.shape[0]
         types += tables.types.shape[0]
     return parts[0] if len(parts) == 1 else _joined(parts, len(items))
@@ -164,8 +183,9 @@ def batch_of(items: Sequence[Item]) -> Batch:
 # -------------------------------------------------------------------- batches
 
 
-def _repeated(tables: Tables, flat: Tensor, numbers: Sequence[int], nodes: int, types: int) -> Batch:
+def _repeated(tables: Tables, items: Sequence[Item], numbers: Sequence[int], nodes: int, types: int) -> Batch:
     """One group: networks with the same tables, their nodes and types counted from ``nodes`` and ``types``."""
+    flat = torch.stack([item.flat for item in items])
     n, here, width = len(numbers), tables.nodes.shape[0], tables.edge_places.shape[1]
     graphs = torch.tensor(numbers)
     starts = nodes + here * torch.arange(n)
@@ -174,6 +194,9 @@ def _repeated(tables: Tables, flat: Tensor, numbers: Sequence[int], nodes: int, 
         size=n,
         nodes=tables.nodes.repeat(n, 1),
         node_mark=tables.node_mark.repeat(n),
+        activation=tables.activation.repeat(n),
+        frequency=tables.frequency.repeat(n),
+        affine=torch.cat([item.affine for item in items]),
         node_graph=graphs.repeat_interleave(here),
         edge_index=(tables.edge_index.unsqueeze(1) + starts.unsqueeze(1)).flatten(1),
         edge_type=(tables.edge_type + types).repeat(n),
@@ -260,11 +283,15 @@ def _build(graph: ParameterGraph, structure: Structure, kernel: int, vectors: st
     for c in scales.added:
         own = slice(c.cell.start, c.cell.start + c.cell.size)
         nodes, marks = torch.cat((nodes, nodes[own])), torch.cat((marks, marks[own]))
+    beyond = len(nodes) - structure.num_nodes
+    activation = torch.nn.functional.pad(structure.activation, (0, beyond), value=-1)
+    frequency = torch.nn.functional.pad(structure.frequency, (0, beyond), value=1.0)
     flags = torch.zeros(2, len(nodes), dtype=torch.bool)
     for c in scales.copies:
         flags[:, c.start : c.start + c.cell.size] = torch.tensor([[c.positive], [c.signed]])
     grades = torch.tensor([scales.grades.get(p.label, (0, 0)) if p else (0, 0) for p in rows.parts])
-    return rows.tables(nodes, marks.long(), Symmetry(grades, *flags) if symmetry else None)
+    found = Symmetry(grades, *flags) if symmetry else None
+    return rows.tables(nodes, marks.long(), activation, frequency, found)
 
 
 def _to_copy(copy: Copy) -> Tensor:
@@ -324,13 +351,17 @@ class _Rows:
             self.roles.append(ROLES.index(role))
             self.parts.append(part)
 
-    def tables(self, nodes: Tensor, marks: Tensor, symmetry: Symmetry | None) -> Tables:
+    def tables(
+        self, nodes: Tensor, marks: Tensor, activation: Tensor, frequency: Tensor, symmetry: Symmetry | None
+    ) -> Tables:
         edge_index, edge_type, edge_places = self._joined(self.edges, 2)
         entry_index, entry_type, entry_places = self._joined(self.entries, 1)
         return Tables(
             names=tuple(self.starts),
             nodes=nodes,
             node_mark=marks,
+            activation=activation,
+            frequency=frequency,
             edge_index=edge_index,
             edge_type=edge_type,
             edge_places=edge_places,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from weightspace.errors import MetanetError, MissingExtraError
 from weightspace.metanets.base import Metanet
 from weightspace.metanets.pyg_features import TYPE_FEATURES, WIDTH, Batch, Item, batch_of, item_of, tables_of
+from weightspace.metanets.pyg_probes import EdgeProbes
 from weightspace.metanets.structure import ROLES
 
 try:
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 
 class ReferenceMetanet(Metanet):
-    """A metanetwork over materialised edges; ``kernel`` and ``vectors`` are the form of its tables."""
+    """A metanetwork over materialised edges; ``kernel`` and ``vectors`` are the form of its tables, ``probes`` what
+    follows learned inputs, where it has any."""
 
     kernel: int
     vectors: str = "entries"
+    probes: EdgeProbes | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,7 +40,11 @@ class ReferenceMetanet(Metanet):
 
         Raises ``MetanetError`` for a graph without weights or wiring, or with too many edges to materialise.
         """
-        return item_of(graph, tables_of(graph, self.kernel, self.vectors))
+        return item_of(graph, tables_of(graph, self.kernel, self.vectors), self.probes is not None)
+
+    def values(self, batch: Batch) -> Tensor:
+        """Values of the nodes for the probes, ``(N, probes)``; ``(N, 0)`` without."""
+        return batch.nodes[:, :0] if self.probes is None else self.probes(batch)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """One graph of several networks, of any architectures."""
@@ -101,22 +108,23 @@ class EdgeHidden(nn.Module):
 
 
 class NodeEncoder(nn.Module):
-    """First states of the nodes ``(N, hidden)``: what they are, and where given their biases and norms."""
+    """First states of the nodes ``(N, hidden)``: what they are, and where given their biases and norms, and values of
+    ``probes`` learned inputs."""
 
-    def __init__(self, kernel: int, hidden: int, entries: bool) -> None:
+    def __init__(self, kernel: int, hidden: int, entries: bool, probes: int = 0) -> None:
         super().__init__()
-        self.nodes = mlp(WIDTH, hidden, hidden)
+        self.nodes = mlp(WIDTH + probes, hidden, hidden)
         self.scale = RunningScale() if entries else None
         self.values = nn.Linear(kernel**2, hidden, bias=False) if entries else None
         self.types = nn.Linear(TYPE_FEATURES, hidden) if entries else None
         self.mix = mlp(hidden, hidden, hidden) if entries else None
 
-    def forward(self, batch: Batch) -> Tensor:
-        nodes: Tensor = self.nodes(batch.nodes)
+    def forward(self, batch: Batch, values: Tensor) -> Tensor:
+        nodes: Tensor = self.nodes(torch.cat((batch.nodes, values), dim=1))
         if self.scale is None or self.values is None or self.types is None or self.mix is None:
             return nodes
-        values = self.values(self.scale(batch.entries, batch.type_role[batch.entry_type]))
-        each = self.mix(values + self.types(batch.types)[batch.entry_type])
+        entries = self.values(self.scale(batch.entries, batch.type_role[batch.entry_type]))
+        each = self.mix(entries + self.types(batch.types)[batch.entry_type])
         return nodes + scatter(each, batch.entry_node, batch.num_nodes, "sum")
 
 

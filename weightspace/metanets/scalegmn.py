@@ -43,6 +43,7 @@ from weightspace.metanets.pyg_layers import (
     pooled,
     scatter,
 )
+from weightspace.metanets.pyg_probes import EdgeProbes
 
 if TYPE_CHECKING:
     from weightspace.graph import ParameterGraph
@@ -61,18 +62,22 @@ class ScaleGmn(ReferenceMetanet):
     sign flips (``"sign"``), or both, each where the network has it. Neurons without either are treated as in an
     ordinary graph network. An edge is a pair of channels with its kernel on a grid ``kernel`` × ``kernel``.
 
+    ``probes``: learned inputs whose values in every neuron are features of it, as in ``NeuralGraphs`` and not in the
+    paper. A value flips its sign with its neuron, but is bounded and so keeps no positive scale: networks that have
+    such scales are refused then.
+
     The defaults are those of the authors' small CNN experiments, 4 layers of width 128 (64 on implicit neural
     representations); ``ScaleGmn(hidden=16, layers=3)`` is a small one. Invariant to permutations and rescalings.
     """
 
     def __init__(
         self, outputs: int = 1, hidden: int = 128, layers: int = 4, dropout: float = 0.0, kernel: int = 7,
-        direction: str = "both", symmetry: str = "both",
+        direction: str = "both", symmetry: str = "both", probes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = checked(
             {"kind": "scalegmn", "outputs": outputs, "hidden": hidden, "layers": layers, "dropout": dropout,
-             "kernel": kernel, "direction": direction, "symmetry": symmetry}
+             "kernel": kernel, "direction": direction, "symmetry": symmetry, "probes": probes}
         )  # fmt: skip
         for name, value, known in (("direction", direction, DIRECTIONS), ("symmetry", symmetry, SYMMETRIES)):
             if value not in known:
@@ -81,12 +86,14 @@ class ScaleGmn(ReferenceMetanet):
         self.symmetry = symmetry
         # All rescalings that a network has, or only those of one kind.
         self.scale = symmetry == "both"
+        self.probes = EdgeProbes(kernel, probes) if probes else None
+        self.heard = nn.Linear(probes, hidden, bias=False) if probes else None
         self.start = _Encoder(kernel, hidden)
         self.first = _Invariants(hidden)
         self.layers = nn.ModuleList(
             _Layer(hidden, dropout, direction == "both", i == layers - 1) for i in range(layers)
         )
-        self.head = mlp(3 * hidden, 2 * hidden, outputs, dropout)
+        self.head = mlp(3 * (hidden + probes), 2 * hidden, outputs, dropout)
 
     def prepare(self, graph: ParameterGraph) -> Item:
         """The weights of a network laid end to end; what its rescalings do is found once per wiring.
@@ -94,16 +101,28 @@ class ScaleGmn(ReferenceMetanet):
         Raises ``MetanetError`` for a graph without weights or wiring, or with too many edges to materialise, and
         ``UnprovedWiringError`` for a wiring that is not proved: its symmetries are not known.
         """
-        return item_of(graph, tables_of(graph, self.kernel, self.vectors, self.symmetry))
+        tables = tables_of(graph, self.kernel, self.vectors, self.symmetry)
+        if self.probes is not None:
+            assert tables.symmetry is not None
+            if bool(tables.symmetry.positive.any()) or len(tables.nodes) > graph.num_nodes:
+                raise MetanetError(
+                    f"this network ({graph.origin}) has neurons that may be rescaled, and values of probes do not keep "
+                    "that; take scalegmn without probes, with symmetry='sign', or another metanet"
+                )
+        return item_of(graph, tables, self.probes is not None)
 
     def forward(self, batch: Batch) -> Tensor:
         batch = batch.as_type(self.dtype)
         edges = _Edges(batch)
         states, e = self.start(batch, edges)
+        values = self.values(batch)
+        if self.heard is not None:
+            heard, signed = self.heard(values), _signed(batch)
+            states = torch.stack((states[0] + heard * ~signed, states[1] + heard * signed, states[2]))
         inner = self.first(states, edges)
         for layer in self.layers:
             states, e, inner = layer(states, e, inner, edges)
-        found: Tensor = self.head(pooled(inner, batch))
+        found: Tensor = self.head(pooled(torch.cat((inner, _even(values, edges.signed)), dim=1), batch))
         return found
 
 
@@ -143,6 +162,12 @@ def _per_length(x: Tensor, where: Tensor) -> Tensor:
     square = x.to(torch.float64).square().sum(dim=1, keepdim=True)
     some = square > (torch.finfo(x.dtype).tiny if x.dtype == torch.float64 else 1e-30)
     return torch.where(where, torch.where(some, torch.where(some, square, 1.0).rsqrt(), 0.0), 1.0).to(x.dtype)
+
+
+def _signed(batch: Batch) -> Tensor:
+    """Which nodes may flip their sign, ``(N, 1)``."""
+    assert batch.symmetry is not None
+    return batch.symmetry.signed.unsqueeze(1)
 
 
 def _even(x: Tensor, where: Tensor | None) -> Tensor:
