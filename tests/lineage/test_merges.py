@@ -184,3 +184,17 @@ def test_a_network_with_broken_weights_is_left_out_and_said_so() -> None:
     found = trace(models, moved=0)
     assert "not finite" in found.left_out["z"]
     assert not found.parents("z")
+
+
+def test_one_broken_weight_is_seen_wherever_it_is_and_disturbs_no_other_network() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (300, 400), "b.weight": (10, 300)}
+    base = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    child = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+    # More weights than are sampled: that the samples are finite says little.
+    for at in range(5):
+        broken = {n: t.clone() for n, t in child.items()}
+        broken["a.weight"].view(-1)[at] = float("inf")
+        found = trace({n: from_tensors(t) for n, t in (("base", base), ("child", child), ("z", broken))}, moved=2)
+        assert list(found.left_out) == ["z"]
+        assert found.family("base") == ("base", "child")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from weightspace.lineage.confidence import features
-from weightspace.lineage.fitting import Known, fit, thinned
+from weightspace.lineage.fitting import Known, fit, thinnings
 from weightspace.lineage.placing import chosen, read
 from weightspace.lineage.sample import Array
 from weightspace.lineage.tree import OUTSIDE, Forest, Weights
@@ -91,13 +91,8 @@ def _held(made: Sequence[Known], recorded: Sequence[Known]) -> Iterator[tuple[in
 
 def _versions(known: Known, rng: np.random.Generator, count: int = 3) -> Iterator[tuple[Known, float]]:
     yield known, _SHARES[0]
-    for _ in range(count):
-        kept = rng.random(len(known.parents)) > 0.35
-        if rng.random() < 0.2:
-            kept &= np.array([p != OUTSIDE for p in known.parents])
-        if kept.sum() > 1:
-            thin = thinned(known, [int(i) for i in np.flatnonzero(kept)])
-            yield thin, _SHARES[1] if sum(p == OUTSIDE for p in thin.parents) == 1 else _SHARES[2]
+    for thin in thinnings(known, count, rng):
+        yield thin, _SHARES[1] if sum(p == OUTSIDE for p in thin.parents) == 1 else _SHARES[2]
 
 
 def _handicaps(held: Sequence[tuple[int, Read]], made: int, say: Callable[[str], None]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
     from weightspace.wiring.wiring import Wiring
 
+
 def trace(
     models: Mapping[str, Checkpoint],
     *,
@@ -128,10 +129,10 @@ def _across(
             turned = first == 1 if recorded else child in children and parent not in children
             parent, child = (child, parent) if turned else (parent, child)
             why += "; weights do not tell which was there first"
-        # Nothing explains a network better than a copy of it: what else it was thought to come from goes.
-        edges = [e for e in edges if e.child != child]
         if child in _above(parent, edges):
             continue
+        # Nothing explains a network better than a copy of it: what else it was thought to come from goes.
+        edges = [e for e in edges if e.child != child]
         direction = 0.5 if undecided else 0.95
         edges.append(
             Edge(parent, child, kind, detail, 1.0, 0.99, direction, 0.0, 0.0, -300.0, why, undecided=undecided)

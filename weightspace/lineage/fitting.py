@@ -7,7 +7,7 @@ parents and missing roots are among the examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,26 +39,32 @@ def thinned(known: Known, keep: Sequence[int]) -> Known:
     return Known(known.geometry.subset(keep), tuple(up(i) for i in keep))
 
 
+def thinnings(known: Known, count: int, rng: np.random.Generator, missing: float = 0.2) -> Iterator[Known]:
+    """A family ``count`` times with a third of its networks gone, in a share ``missing`` of the cases the root as well.
+
+    Versions of which no two networks are left are passed over.
+    """
+    for _ in range(count):
+        kept = rng.random(len(known.parents)) > 0.35
+        if rng.random() < missing:
+            kept &= np.array([p != OUTSIDE for p in known.parents])
+        if kept.sum() > 1:
+            yield thinned(known, [int(i) for i in np.flatnonzero(kept)])
+
+
 def fit(
-    families: Sequence[Known], thinnings: int = 6, missing: float = 0.2, seed: int = 0, decay: float = 1e-3
+    families: Sequence[Known], versions: int = 6, missing: float = 0.2, seed: int = 0, decay: float = 1e-3
 ) -> Weights:
     """Fit both logits by maximum likelihood with a small quadratic penalty.
 
-    ``thinnings`` of each family are added, the roots of a share ``missing`` of them taken away. A family weighs as the
-    square root of its number of networks.
+    Of each family thinned ``versions`` are added (see ``thinnings``). A family weighs as the square root of its number
+    of networks.
     """
     rng = np.random.default_rng(seed)
     deep: list[Example] = []
     top: list[Example] = []
     for known in families:
-        versions = [known]
-        for _ in range(thinnings):
-            kept = rng.random(len(known.parents)) > 0.35
-            if rng.random() < missing:
-                kept &= np.array([p != OUTSIDE for p in known.parents])
-            if kept.sum() > 1:
-                versions.append(thinned(known, [int(i) for i in np.flatnonzero(kept)]))
-        for version in versions:
+        for version in (known, *thinnings(known, versions, rng, missing)):
             _examples(version, deep, top, len(version.parents) ** -0.5)
     return Weights(_logit(deep, len(DEEP), decay), _logit(top, len(TOP), decay))
 
@@ -116,4 +122,4 @@ def _logit(examples: Sequence[Example], width: int, decay: float) -> tuple[float
     return tuple(round(float(w), 3) for w in weights.detach())
 
 
-__all__ = ["Known", "fit", "thinned"]
+__all__ = ["Known", "fit", "thinned", "thinnings"]

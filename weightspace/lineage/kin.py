@@ -78,11 +78,12 @@ class Kin:
         drawn = null(sample, lambda i: self._network(self.names[i]), unit, self._seed)
         if drawn.kind == "none":
             self.notes.append(f"{self.names[0]} and those like it have no tensor whose elements may be permuted")
-        found, _ = families(unit, sample.known, drawn, self._confirm if self.wiring is not None else None)
+        found = families(unit, sample.known, drawn, self._confirm if self.wiring is not None else None)
+        found = [[i for i in f if sample.known[i]] for f in found]
+        found = [f for f in found if f]
         if self.wiring is not None and self.wiring.proved and len(found) > 1 and self._moved > 0:
             found, sample = self._bring_back(found, sample)
             unit = sample.standardised()
-        found = [[i for i in f if sample.known[i]] for f in found]
         return [self._family(f, sample, unit, drawn) for f in found if len(f) > 1]
 
     # -------------------------------------------------------------------------------- families

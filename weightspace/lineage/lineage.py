@@ -141,13 +141,17 @@ class Lineage:
     def __repr__(self) -> str:
         families = sum(len(f) > 1 for f in self.families)
         merges = len({e.child for e in self.edges if e.kind == "merge"})
-        said = f"{len(self.models)} models, {families} families, {len(self.edges)} edges"
-        parts = [said + (f", {merges} merges" if merges else ""), f"{len(self.strangers)} without relatives"]
+        said = f"{len(self.models)} models, {families} {'family' if families == 1 else 'families'}"
+        said += f", {len(self.edges)} edge{'' if len(self.edges) == 1 else 's'}"
+        said += f", {merges} merge{'' if merges == 1 else 's'}" if merges else ""
+        parts = [said, f"{len(self.strangers)} without relatives"]
         lines = [f"Lineage({'; '.join(parts)}; {self.seconds:.1f} s)", *self._lines()]
         lines += [f"  disagrees: {d}" for d in self.disagreements[:10]]
         if len(self.disagreements) > 10:
             lines.append(f"  … {len(self.disagreements) - 10} more disagreements")
         lines += [f"  left out {m}: {why}" for m, why in list(self.left_out.items())[:5]]
+        if len(self.left_out) > 5:
+            lines.append(f"  … {len(self.left_out) - 5} more left out")
         return "\n".join(lines)
 
     def _lines(self) -> Iterator[str]:

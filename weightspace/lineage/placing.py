@@ -14,6 +14,9 @@ from weightspace.lineage.tree import OUTSIDE, Forest, Weights, forest
 
 TURNED = 6.0
 """How much likelier (log) a family has to be with time turned around to be told so."""
+MANY = 128
+PART = 64
+"""Of families of more than ``MANY`` networks, three parts of so many say in which regime all are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +30,6 @@ class Placed:
     turned: bool
     sure: Mapping[int, float]
     way: Mapping[int, float]
-
-
-MANY = 128
-PART = 64
-"""Of families of more than ``MANY`` networks, three parts of so many say in which regime all are read."""
 
 
 def place(shape: Geometry, blocked: Mapping[int, set[int]] | None = None) -> Placed:

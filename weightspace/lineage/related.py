@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weightspace.lineage.sample import Array, Floats, Sample
+from weightspace.lineage.sample import Floats, Sample
 from weightspace.mergeability.ancestry import _origins
 
 ALPHA = 0.01
@@ -70,7 +70,6 @@ def null(sample: Sample, network: Callable[[int], Mapping[str, Tensor]], unit: F
     held = rng.permutation(usable)[:_HELD]
     generator = torch.Generator().manual_seed(seed + 1)
     elements = [None if sample.wiring is None else sample.wiring.random(generator) for _ in range(_DRAWS)]
-    values: list[Array] = []
     rows = np.zeros((_DRAWS, len(moved), unit.shape[1]), dtype=np.float32)
     start = 0
     for s in segments:
@@ -96,8 +95,8 @@ def null(sample: Sample, network: Callable[[int], Mapping[str, Tensor]], unit: F
 
 def families(
     unit: Floats, known: NDArray[np.bool_], drawn: Null, confirm: Callable[[int, int], bool] | None = None
-) -> tuple[list[list[int]], dict[tuple[int, int], float]]:
-    """Networks in families, each network in one, and the correlation of every pair that was found related.
+) -> list[list[int]]:
+    """Networks in families, each network in one.
 
     Pairs are joined from the highest correlation down. ``confirm``: the test of the pair itself, asked where a pair
     joins two families and its correlation is no more than three times what counts; two families are asked about once.
@@ -134,7 +133,7 @@ def families(
     groups: dict[int, list[int]] = {}
     for i in range(count):
         groups.setdefault(top(i), []).append(i)
-    return list(groups.values()), {(i, j): value for value, i, j in found}
+    return list(groups.values())
 
 
 def _standard(x: Tensor) -> Tensor:

@@ -48,13 +48,11 @@ class Segment:
 class Sample:
     """Weights of a group: ``values (networks, weights)``, each tensor in units of its usual root mean square.
 
-    ``shape (networks, 2)``: logs of kurtosis and of stable rank (squared Frobenius over squared spectral norm),
-    averaged over matrices. ``known``: networks whose weights are all finite; the others' rows are zero.
+    ``known``: networks whose weights are all finite, those that were not sampled as well; the others' rows are zero.
     """
 
     names: tuple[str, ...]
     values: Floats
-    shape: Array
     segments: tuple[Segment, ...]
     known: NDArray[np.bool_]
     wiring: Wiring | None = field(default=None, repr=False)
@@ -65,7 +63,7 @@ class Sample:
         for s in self.segments:
             if s.movable:
                 part = self.values[:, s.start : s.stop] - self.values[:, s.start : s.stop].mean(1, keepdims=True)
-                deviation = np.sqrt((part * part).mean(1, keepdims=True))
+                deviation = np.sqrt(np.square(part, dtype=np.float64).mean(1, keepdims=True))
                 parts.append(np.where(deviation > 1e-9, part / np.maximum(deviation, 1e-9), 0))
         if not parts:
             return np.zeros((len(self.names), 0), dtype=np.float32)
@@ -100,28 +98,20 @@ def take(
     segments = _segments(shapes, wiring, min(MOST, max(1 << 12, _MEMORY // max(len(names), 1))), seed)
     width = segments[-1].stop if segments else 0
     values = np.zeros((len(names), width), dtype=np.float32)
-    form = np.zeros((len(names), 2))
     known = np.ones(len(names), dtype=bool)
     for row, tensors in enumerate(networks):
-        kurtoses, ranks = [], []
         for s in segments:
             x = tensors[s.tensor].detach().to(torch.float32)
-            part = x.reshape(-1)[s.positions]
-            values[row, s.start : s.stop] = part.numpy()
-            if len(shapes[s.tensor]) > 1 and x.numel() >= _LEAST:
-                kurtosis, rank = _form(x)
-                kurtoses.append(kurtosis)
-                ranks.append(rank)
-        known[row] = bool(np.isfinite(values[row]).all())
+            values[row, s.start : s.stop] = x.reshape(-1)[s.positions].numpy()
+            known[row] &= bool(x.isfinite().all())
         if not known[row]:
             values[row] = 0
-        form[row] = np.nan_to_num([np.mean(kurtoses or [0.0]), np.mean(ranks or [0.0])])
     for s in segments:
         block = values[known, s.start : s.stop].astype(np.float64)
         usual = math.sqrt(float(np.median((block * block).mean(1)))) if len(block) else 0.0
         if usual > 1e-12:
             values[:, s.start : s.stop] /= usual
-    return Sample(tuple(names), values, form, tuple(segments), known, wiring)
+    return Sample(tuple(names), values, tuple(segments), known, wiring)
 
 
 def _segments(shapes: Mapping[str, tuple[int, ...]], wiring: Wiring | None, most: int, seed: int) -> list[Segment]:
@@ -145,26 +135,6 @@ def _movable(name: str, shape: tuple[int, ...], wiring: Wiring | None) -> bool:
     free = {n for n, f in wiring.free.items() if f.size > 1}
     layout = wiring.layouts.get(name, ())
     return any(f in free for group in layout for block in group.blocks for s in block for f in s.factors)
-
-
-def _form(x: Tensor) -> tuple[float, float]:
-    """Logs of kurtosis and stable rank of a matrix, or of a kernel unfolded along its first dim."""
-    flat = x.reshape(x.shape[0], -1)
-    centred = flat - flat.mean()
-    variance = float(centred.square().mean())
-    if variance <= 0:
-        return 0.0, 0.0
-    kurtosis = float(centred.square().square().mean()) / variance**2
-    side = flat if flat.shape[0] <= flat.shape[1] else flat.T
-    gram = (side @ side.T).to(torch.float64)
-    top = torch.ones(len(gram), dtype=torch.float64)
-    # The largest eigenvalue by power iteration: a few percent are enough.
-    for _ in range(12):
-        top = gram @ top
-        top = top / top.norm().clamp_min(1e-30)
-    largest = float(top @ (gram @ top))
-    trace = float(gram.trace())
-    return math.log(max(kurtosis, 1e-9)), math.log(max(trace, 1e-30) / max(largest, 1e-30))
 
 
 __all__ = ["MOST", "Sample", "Segment", "compared", "signature", "take"]

@@ -168,7 +168,7 @@ def low_rank(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], changed:
         delta = (other - one).flatten(1)
         side = min(delta.shape)
         most = int(_RANK_SHARE * side)
-        if most < 1 or side > _SIDE:
+        if most < 1 or side > _SIDE or not delta.isfinite().all():
             return None
         epsilon = max(torch.finfo(t.dtype).eps for t in (parent[n], child[n]))
         noise = 4 * epsilon * float(other.abs().max()) * math.sqrt(max(delta.shape))
