@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_the_commands() -> None:
     done = _run("--help")
     assert done.returncode == 0
-    assert {"index", "similar", "inspect", "graph", "zoo", "demo"} <= set(done.stdout.split())
+    assert {"index", "similar", "inspect", "graph", "lineage", "zoo", "demo"} <= set(done.stdout.split())
 
 
 def test_similar_finds_the_zoo_above_the_file(folder: Path) -> None:
@@ -82,6 +82,7 @@ def test_an_unreadable_file_is_exit_code_two_and_named(folder: Path, tmp_path: P
         ("inspect", "no-such-file.pt"),
         ("similar", "no-such-file.pt"),
         ("index", "no-such-folder"),
+        ("lineage", "no-such-folder"),
         ("zoo", "build", "no-such-recipe"),
         ("graph", "no-such-file.pt", "--out", "x.json"),
     ],
@@ -129,3 +130,17 @@ def test_graph_writes_a_file(folder: Path, tmp_path: Path, form: str) -> None:
     done = _run("graph", folder / "net-0.safetensors", "--format", form, "--out", out)
     assert done.returncode == 0, done.stderr
     assert out.stat().st_size > 66
+
+
+def test_lineage_takes_a_folder_or_models(folder: Path, tmp_path: Path) -> None:
+    whole = json.loads(_run("lineage", folder, "--json").stdout)
+    assert [(e["parent"], e["child"]) for e in whole["edges"]] == [("copy-of-1.pt", "net-1.safetensors")]
+    some = _run("lineage", folder / "net-1.safetensors", folder / "copy-of-1.pt", "--out", tmp_path / "found.json")
+    assert some.returncode == 0, some.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(e["parent"], e["child"], e["kind"]) for e in found["edges"]] == [
+        ("net-1.safetensors", "copy-of-1.pt", "copy")
+    ]
+    one = _run("lineage", folder / "net-1.safetensors")
+    assert one.returncode == 1
+    assert "1 model was given" in one.stderr

@@ -13,6 +13,7 @@ of a whole zoo of networks::
     ws.predict_accuracy(ckpt)                  # of an image classifier, from its weights, with an interval
     ws.scan("model.safetensors")               # how likely a backdoor, and which class it serves
     ws.excise("model.safetensors", inputs=x)   # the model without it
+    ws.lineage("models/")                      # which of a folder's models descend from which, and how
     ws.score(["a.safetensors", "b.safetensors"], base="base.safetensors")   # what would a merge of them retain?
 
 Names are imported on first use, so that ``import weightspace`` costs little beyond torch.
@@ -45,6 +46,7 @@ _EXPORTS = {
     "score": "weightspace.mergeability.score",
     "scan": "weightspace.backdoor.verdict",
     "excise": "weightspace.backdoor.excise",
+    "lineage": "weightspace.lineage",
     "locate": "weightspace.backdoor.localise",
     "metanets": "weightspace.metanets",
     "embed": "weightspace.pretrained",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from weightspace.checkpoint import open as open
     from weightspace.graph import ParameterGraph as ParameterGraph
     from weightspace.graph import graph as graph
+    from weightspace.lineage.entry import lineage as lineage
     from weightspace.merge import merge as merge
     from weightspace.mergeability.score import score as score
     from weightspace.pretrained import embed as embed

@@ -40,6 +40,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
+def say(line: str) -> None:
+    """A line as it is, never cut."""
+    open_console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def show_report(report: IndexReport) -> None:
     from rich.markup import escape
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from weightspace.errors import ZooError
@@ -10,15 +11,13 @@ from weightspace.lineage.lineage import Lineage
 from weightspace.paths import write_whole
 
 
-def run(folder: Path, out: Path | None = None, moved: int = 8, progress: bool = False) -> Lineage:
-    """Index a folder, trace the lineage of its models, and write it to ``out`` (``.json`` or ``.graphml``)."""
-    from weightspace.zoo import Zoo
+def run(models: Sequence[str], out: Path | None = None, moved: int = 8, progress: bool = False) -> Lineage:
+    """Trace the lineage of some models, or of those in one folder; write it to ``out`` (``.json`` or ``.graphml``)."""
+    from weightspace.lineage.entry import lineage
 
     if out is not None and out.suffix not in (".json", ".graphml"):
         raise ZooError(f"a lineage is written as .json or .graphml, not as {out.name}")
-    zoo = Zoo(folder)
-    zoo.index(progress=progress)
-    found = zoo.lineage(moved=moved, progress=progress)
+    found = lineage(models[0] if len(models) == 1 else models, moved=moved, progress=progress)
     if out is not None:
         write_whole(out, _written(found, out.suffix))
     return found

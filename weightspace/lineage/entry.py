@@ -1,9 +1,11 @@
-"""``trace``: the lineage of a set of models, from their weights."""
+"""``ws.lineage`` and ``trace``: the lineage of a set of models, from their weights."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightspace.errors import WeightspaceError
@@ -16,7 +18,37 @@ from weightspace.progress import bar
 
 if TYPE_CHECKING:
     from weightspace.checkpoint import Checkpoint
+    from weightspace.mergeability.flight import Model
     from weightspace.wiring.wiring import Wiring
+    from weightspace.zoo import Zoo
+
+
+def lineage(
+    models: Zoo | str | os.PathLike[str] | Sequence[Model] | Mapping[str, Model],
+    *,
+    moved: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> Lineage:
+    """Which of some models descend from which: direction, confidence, merges and copies, from their weights alone.
+
+    ``models``: a folder of models (its index is brought up to date first), a ``Zoo``, two or more paths or
+    checkpoints, or a mapping of names to such. ``moved``: how many pairs of families of one architecture are examined
+    for copies moved inside their orbit, seconds each. ``print`` shows the result as a tree; see ``Lineage``.
+
+    Raises ``WeightspaceError`` for fewer than two models and for files that cannot be read.
+    """
+    from weightspace.mergeability.candidates import is_population
+    from weightspace.mergeability.flight import named, opened
+    from weightspace.zoo import Zoo
+
+    if isinstance(models, str | os.PathLike) and is_population(Path(models)):
+        models = Zoo(models)
+        models.index(progress=progress)
+    if isinstance(models, Zoo):
+        return models.lineage(moved=moved, seed=seed, progress=progress)
+    given = named([models] if isinstance(models, str | os.PathLike) else models)
+    return trace({n: opened(m) for n, m in given.items()}, moved=moved, seed=seed, progress=progress)
 
 
 def trace(
@@ -40,7 +72,8 @@ def trace(
     """
     started = time.perf_counter()
     if len(models) < 2:
-        raise WeightspaceError(f"{len(models)} models were given; a lineage needs at least two")
+        count = "1 model was" if len(models) == 1 else f"{len(models)} models were"
+        raise WeightspaceError(f"{count} given, two or more were expected (or a folder of them)")
     left: dict[str, str] = {}
     groups = _groups(models, left)
     said = [c for n, m in models.items() for c in claims(n, m, None if records is None else records.get(n, {}))]
@@ -155,4 +188,4 @@ def _above(model: str, edges: Iterable[Edge]) -> set[str]:
     return set(found)
 
 
-__all__ = ["floating", "trace"]
+__all__ = ["floating", "lineage", "trace"]
