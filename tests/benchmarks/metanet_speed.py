@@ -7,7 +7,9 @@
 2. How time and memory of our metanet grow with the size of one network, 5 thousand to 100 million parameters.
 3. With ``--ragged`` (alone): 32 networks of 32 shapes, drawn as in ``zoo/wild-park.toml``, in stacks of one shape each,
    and in those that our metanet makes by padding.
-4. With ``--billion``: a network of 1 billion parameters in bfloat16, streamed from its file in chunks, against
+4. With ``--answers`` (alone): what it costs to hear what networks answer (``weightspace.metanets.answers``), beside
+   reading their weights, in ms a network: 32 small CNNs, of the wild park, and ViTs of ``zoo/mixed.toml``.
+5. With ``--billion``: a network of 1 billion parameters in bfloat16, streamed from its file in chunks, against
    the time that reading the same file once per round takes.
 
 Each row is measured in a process of its own. Random weights; nothing is downloaded.
@@ -41,6 +43,12 @@ METANETS: dict[str, dict[str, Any]] = {
     "scalegmn (Kalogeropoulos et al. 2024)": {"kind": "scalegmn", "direction": "forward"},
     "scalegmn, both directions": {"kind": "scalegmn", "direction": "both"},
 }
+# Networks for table 4: a recipe, its population and the data's shape and classes; none for the small CNN.
+ANSWERING: dict[str, tuple[str, str, tuple[int, ...]] | None] = {
+    "small CNN": None,
+    "wild-park CNN": ("wild-park-mnist", "wild-park-mnist", (1, 14, 14)),
+    "vision transformer": ("mixed", "vit", (1, 16, 16)),
+}
 SIZES = ((64, 1), (256, 3), (1024, 3), (3072, 3), (5000, 4))
 
 
@@ -53,12 +61,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--only", nargs="*", help="metanets to measure, by a part of their name")
     parser.add_argument("--no-growth", action="store_true", help="leave out table 2")
-    parser.add_argument("--billion", action="store_true", help="table 4: needs 2 GB of disk")
+    parser.add_argument("--billion", action="store_true", help="table 5: needs 2 GB of disk")
     parser.add_argument("--ragged", action="store_true", help="table 3 alone")
+    parser.add_argument("--answers", action="store_true", help="table 4 alone")
     options = parser.parse_args()
     if options.ragged:
         for padded in (False, True):
             print_row(apart(ragged, padded, options.device, options.threads, options.repeats))
+        return
+    if options.answers:
+        for what in ANSWERING:
+            print_row(apart(answering, what, options.threads, options.repeats))
         return
     chosen = {n: c for n, c in METANETS.items() if matches(n, options.only)}
     rows = []
@@ -139,27 +152,67 @@ def passes(metanet: Any, items: list[Any], device: str, repeats: int) -> tuple[f
     return reading, timed(step, device, repeats)
 
 
-def ragged(padded: bool, device: str, threads: int, repeats: int) -> Row:
-    """The same for 32 untrained networks of the wild park; not ``padded``: a stack for every shape."""
+def answering(what: str, threads: int, repeats: int) -> Row:
+    """Milliseconds a network: asking it, preparing it for our metanet, and reading it among 32 (on the CPU)."""
     import weightspace as ws
     from weightspace.graph.build import of_tensors
-    from weightspace.metanets import OperatorMetanet, batch
+    from weightspace.metanets import build_metanet
+    from weightspace.metanets.answers import answers
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    count = 32
+    if ANSWERING[what] is None:
+        wiring = ws.wiring(small_cnn(), torch.randn(2, 1, 32, 32))
+        graphs = [of_tensors(small_cnn().state_dict(), wiring) for _ in range(count)]
+    else:
+        graphs = drawn(*ANSWERING[what], count)  # type: ignore[misc]
+    metanet = build_metanet({"kind": "operator", "width": 64}).eval()
+    items = [metanet.prepare(g) for g in graphs]
+
+    def read() -> None:
+        with torch.no_grad():
+            metanet(metanet.collate(items))
+
+    found = {
+        "answers_ms": timed(lambda: [answers(g) for g in graphs], "cpu", repeats),
+        "prepare_ms": timed(lambda: [metanet.prepare(g) for g in graphs], "cpu", repeats),
+        "read_ms": timed(read, "cpu", repeats),
+    }
+    found = {name: 1000 * seconds / count for name, seconds in found.items()}
+    weights = sum(g.num_parameters for g in graphs) // count
+    ratio = found["answers_ms"] / (found["prepare_ms"] + found["read_ms"])
+    return {"model": f"{what}, {weights:,} weights", **found, "answers_over_reading": ratio, "threads": threads}
+
+
+def drawn(recipe: str, population: str, shape: tuple[int, ...], count: int) -> list[Any]:
+    """Parameter graphs of the first untrained networks of a population, with proved wirings."""
+    import weightspace as ws
+    from weightspace.graph.build import of_tensors
     from weightspace.zoo.description import module_of
     from weightspace.zoo.recipe import load
     from weightspace.zoo.sampling import runs_of
     from weightspace.zoo.stacked import initial_state
 
+    plan = load(recipe)
+    found = []
+    for run in runs_of(plan, next(p for p in plan.sampled if p.name == population), (shape, 10))[:count]:
+        module, inputs = module_of(run.network)
+        state = {name: value for name, value in initial_state(run).items() if value.is_floating_point()}
+        found.append(of_tensors(state, ws.wiring(module.eval(), *inputs)))
+    return found
+
+
+def ragged(padded: bool, device: str, threads: int, repeats: int) -> Row:
+    """The same for 32 untrained networks of the wild park; not ``padded``: a stack for every shape."""
+    from weightspace.metanets import OperatorMetanet, batch
+
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if not padded:
         batch.STACK = -(1 << 40)
-    recipe = load("wild-park")
     metanet = OperatorMetanet(width=64).to(device)
-    items = []
-    for run in runs_of(recipe, recipe.sampled[0], ((1, 16, 16), 10))[:32]:
-        module, inputs = module_of(run.network)
-        state = {name: value for name, value in initial_state(run).items() if value.is_floating_point()}
-        items.append(metanet.prepare(of_tensors(state, ws.wiring(module.eval(), *inputs, prove=False))))
+    items = [metanet.prepare(g) for g in drawn("wild-park", "wild-park", (1, 16, 16), 32)]
     reading, training = passes(metanet, items, device, repeats)
     return {
         "model": f"operator, 32 shapes, {'padded' if padded else 'a stack for every shape'}",
