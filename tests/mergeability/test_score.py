@@ -503,7 +503,7 @@ def test_adapters_are_scored_on_their_base(tmp_path: Path, base: Any) -> None:
 
 
 def test_wrong_calls_are_named(models: Mapping[str, Any], base: Any, tmp_path: Path) -> None:
-    with pytest.raises(WeightspaceError, match=r"1 models were given, two or more"):
+    with pytest.raises(WeightspaceError, match=r"1 model was given, two or more"):
         score({"m1": models["m1"]}, base)
     with pytest.raises(WeightspaceError, match=r"nothing was learned about 'moe'; expected some of linear"):
         score(models, base, methods=["moe"])

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,39 @@ def read_measurements(known: Known | pd.DataFrame | Zoo | None) -> tuple[Measure
 def latest(measured: Iterable[Measurement]) -> tuple[Measurement, ...]:
     """One for each merge and method: the last."""
     return tuple({(frozenset(m.models), m.method): m for m in measured}.values())
+
+
+def about(
+    measured: Sequence[Measurement], names: Sequence[str], methods: set[str]
+) -> tuple[tuple[Measurement, ...], list[str]]:
+    """Measurements of these models' merges by these methods, under the models' names here; notes on the others."""
+    short: dict[str, set[str]] = {}
+    for name in names:
+        for text in (Path(name).name, name.rsplit(".", 1)[0], Path(name).name.rsplit(".", 1)[0]):
+            short.setdefault(text, set()).add(name)
+
+    def here_of(text: str) -> str | None:
+        """A model by its name, its path or its file's name without the ending, where that is one model's alone."""
+        if text in names:
+            return text
+        found = next((short[t] for t in (text, Path(text).name) if t in short), set())
+        return next(iter(found)) if len(found) == 1 else None
+
+    kept, others, foreign = [], 0, set()
+    for m in measured:
+        here = [here_of(x) for x in m.models]
+        if any(h is None for h in here) or len(set(here)) < len(here):
+            others += 1
+        elif m.method not in methods:
+            foreign.add(m.method)
+        else:
+            kept.append(replace(m, models=tuple(str(h) for h in here)))
+    notes = []
+    if others:
+        notes.append(f"{others} measured merges are about models that were not given and do not count")
+    if foreign:
+        notes.append(f"nothing was learned about {', '.join(sorted(foreign))}: their measured merges do not count")
+    return tuple(kept), notes
 
 
 def write_measurements(path: str | os.PathLike[str], measured: Sequence[Measurement]) -> Path:
@@ -205,5 +238,6 @@ def _there(value: Any) -> bool:
 
 
 __all__ = [
-    "BARRIER", "LETTERS", "Known", "Measurement", "as_measurement", "latest", "read_measurements", "write_measurements",
+    "BARRIER", "LETTERS", "Known", "Measurement", "about", "as_measurement", "latest", "read_measurements",
+    "write_measurements",
 ]  # fmt: skip
