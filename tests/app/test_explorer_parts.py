@@ -19,8 +19,8 @@ from torch import nn
 
 import weightspace as ws
 from weightspace.errors import ZooError
-from weightspace.explorer import backdoors, launch, maps, network, style, tables, uploads
-from weightspace.explorer.anatomy import Channels, singular_values, squares_of
+from weightspace.explorer import anatomy, backdoors, descent, launch, maps, network, style, tables, uploads
+from weightspace.explorer.anatomy import Anatomy, Channels, singular_values, squares_of
 
 # ------------------------------------------------------------------------------------ uploads
 
@@ -206,6 +206,49 @@ def test_sums_of_squares_do_not_depend_on_the_piece(monkeypatch: pytest.MonkeyPa
     for a, b in zip(whole, squares_of(matrix), strict=True):
         assert np.allclose(a, b)
     assert np.allclose(whole[0], matrix.square().sum((2, 3)))
+
+
+def test_statistics_are_of_all_elements_however_few_the_distribution_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anatomy, "_SAMPLE", 100)
+    monkeypatch.setattr(anatomy, "_PIECE", 77)
+    torch.manual_seed(0)
+    x = 5 + torch.randn(40, 60)
+    x[3, 7], x[11, 2], x[20:22], x[30, 1] = 1000.0, -50.0, 0.0, float("inf")
+    found, finite = anatomy.layer("w", x, "mean", (), None), x[x.isfinite()].double()
+    assert (found.low, found.high, found.broken) == (-50.0, 1000.0, 1)
+    assert found.mean == pytest.approx(float(finite.mean()), rel=1e-5)
+    assert found.std == pytest.approx(float(finite.std(correction=0)), rel=1e-5)
+    assert found.norm == pytest.approx(float(finite.norm()), rel=1e-5)
+    assert found.zeros == pytest.approx(120 / 2399)
+    assert found.counts.sum() <= 104
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(0, 5), torch.zeros(3, 0, 2), torch.tensor(3.0), torch.full((3, 3), float("nan")),
+     torch.zeros(4, 4, dtype=torch.bool), torch.randn(3, 4, dtype=torch.complex64),
+     torch.full((9,), 1e300, dtype=torch.double), torch.tensor([-1e308, 1e308] * 40, dtype=torch.double)],
+)  # fmt: skip
+def test_every_tensor_has_a_layer(tensor: torch.Tensor) -> None:
+    found = anatomy.layer("w", tensor, "", (), None)
+    table = Anatomy((found,), ()).layer_table()
+    assert table.loc[0, "elements"] == tensor.numel()
+    assert len(found.edges) in (0, len(found.counts) + 1)
+
+
+def test_all_odd_channels_are_in_the_table() -> None:
+    many = Channels("hidden", "movable", np.concatenate([np.zeros(900), np.ones(2000)]), np.ones(2900))
+    assert len(Anatomy((), (many,)).odd_table()) == 900
+
+
+def test_a_merge_stands_below_its_largest_parent() -> None:
+    def edge(parent: str, child: str, share: float) -> dict[str, object]:
+        return {"parent": parent, "child": child, "share": share}
+
+    edges = [edge("a", "m", 0.2), edge("b", "c", 1.0), edge("c", "m", 0.8)]
+    found = descent.places({"edges": edges, "roots": ["a", "b"], "families": [["a", "b", "c", "m"]]})
+    assert found["m"] == (2.0, found["c"][1])
+    assert found["a"][0] == found["b"][0] == 0.0
 
 
 def test_estimated_singular_values_are_the_leading_ones(monkeypatch: pytest.MonkeyPatch) -> None:

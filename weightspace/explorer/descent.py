@@ -39,8 +39,8 @@ def places(found: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Where each related model stands: generations from left to right, families one below the other."""
     children: dict[str, list[str]] = {}
     first: dict[str, str] = {}
-    for edge in found["edges"]:
-        # A merge stands below its largest parent.
+    # A merge stands below its largest parent.
+    for edge in sorted(found["edges"], key=lambda e: -float(e["share"])):
         if edge["child"] not in first:
             first[edge["child"]] = edge["parent"]
             children.setdefault(edge["parent"], []).append(edge["child"])
