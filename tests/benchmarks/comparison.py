@@ -111,11 +111,14 @@ def run_metanet(
     )
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in trained.metanet.parameters())
+    # Where the last epoch is the best one, more might have helped.
+    losses = [row["validation_loss"] for row in trained.history if "validation_loss" in row]
+    best = 1 + losses.index(min(losses)) if losses else len(trained.history)
     for test, samples in split.tests.items():
         values = score(trained.predict(samples), samples)
         results.add({
             **key, "method": name, "seed": seed, "test": test, **values, "epochs": len(trained.history),
-            "seconds": seconds, "parameters": parameters, "train": len(split.train), "count": len(samples),
+            "best_epoch": best, "seconds": seconds, "parameters": parameters, "train": len(split.train), "count": len(samples),
         })  # fmt: skip
 
 
