@@ -100,8 +100,7 @@ def take_out(shelf: Shelf, name: str, target: int | None, base: str | None, file
     of = [shelf.content(name), target, subspace, file]
     if ui.begun(EXCISE, of) is None and not st.button("Excise", icon=":material/content_cut:"):
         st.caption("Without examples what was located is pruned or projected out; with a few clean inputs it is "
-                   "unlearned, "
-                   "which keeps more of the accuracy.")  # fmt: skip
+                   "unlearned, which keeps more of the accuracy.")  # fmt: skip
         return
     stem = Path(name.removeprefix(UPLOAD)).stem
     out = ui.here().private / "excised" / key_of(*of)[:24] / f"{stem}-excised.safetensors"

@@ -27,8 +27,8 @@ def verdict(found: Diff, a: str, b: str) -> None:
     if found.after is not None:
         moved = np.mean([m.moved for m in found.moves]) if found.moves else 0.0
         two.metric("After alignment", f"{found.after:.3f}", f"{found.after - found.before:+.3f}",
-                   help=f"B's neurons moved onto A's by weight matching in {found.seconds:.2f} s; B computes what it "
-                        "did")
+                   help=f"B's neurons moved onto A's by weight matching in {found.seconds:.2f} s; B computes "
+                        "what it did")  # fmt: skip
         three.metric("Neurons moved", f"{moved:.0%}", help="Mean share over the axes that may be permuted")
         if found.after > 0.999 and found.before < 0.99:
             st.success(f"{b} is {a} with its neurons in another order.", icon=":material/swap_vert:")
@@ -70,8 +70,7 @@ def permutation(found: Diff, name: str) -> None:
     move = next(m for m in found.moves if m.axis == axis)
     ui.chart(diff.draw_move(move, ui.dark()), f"{name}-{axis}",
              f"Similarity of the elements of A to those of B along {axis}: scattered as they are, on the diagonal "
-             "once B is "
-             f"aligned. {move.moved:.0%} of {move.size:,} elements moved.")  # fmt: skip
+             f"once B is aligned. {move.moved:.0%} of {move.size:,} elements moved.")  # fmt: skip
     source = move.index.reshape(-1, move.size)[0]
     table = pd.DataFrame({"element of A": np.arange(move.size), "was element of B": source})
     ui.download("Permutation (CSV)", lambda: table.to_csv(index=False), f"{name}-{axis}.csv", "text/csv", key="moved")

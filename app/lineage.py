@@ -52,7 +52,7 @@ def details(found: Mapping[str, Any], name: str) -> None:
     if not above:
         st.markdown("No parent of it is in this zoo.")
     if below:
-        st.markdown(f"{len(below)} children: " + ", ".join(f"`{e['child']}`" for e in below[:12])
+        st.markdown(f"{len(below)} children: " + ", ".join(ui.plain(e["child"]) for e in below[:12])
                     + (f" and {len(below) - 12} more" if len(below) > 12 else ""))  # fmt: skip
     with st.container(horizontal=True):
         ui.link("model", "Look at it", model=name)
@@ -77,8 +77,8 @@ def show(found: Mapping[str, Any], zoo: Listing) -> None:
         chosen = [] if name is None else [name]
         ui.chart(descent.draw(found, chosen, ui.dark()), f"{zoo.folder.name}-lineage",
                  f"{len(related)} related models, parents left of their children. Lines: kind of descent by colour, "
-                 "fainter "
-                 "where less sure, dotted where the direction is not, red where the file's record says otherwise.",
+                 "fainter where less sure, dotted where the direction is not, red where the file's record says "
+                 "otherwise.",
                  key="forest", on_select=picked, selection_mode="points", data=descent.edge_table(found))  # fmt: skip
         if name is not None:
             details(found, str(name))

@@ -62,13 +62,11 @@ def shown_report(found: Mapping[str, Any], names: list[str], measured: Mapping[s
             reasons = list(dict.fromkeys(found["why not"].get(label, {}).values()))
             told = "; ".join(reason.removeprefix("outside: ") for reason in reasons)
             st.info(f"No number is given here: {ui.plain(told) or 'see the notes above'}. You can still make the "
-                    "merge and "
-                    "measure it.", icon=":material/help:")  # fmt: skip
+                    "merge and measure it.", icon=":material/help:")  # fmt: skip
         else:
             ui.chart(lab.draw_predictions(frame, measured), "expected",
                      "Accuracy that the merged network is expected to keep of each model's own, from the weights "
-                     "alone, with "
-                     "90 % intervals; diamonds were measured here.", data=frame)  # fmt: skip
+                     "alone, with 90 % intervals; diamonds were measured here.", data=frame)  # fmt: skip
             percent = st.column_config.NumberColumn(format="percent")
             shares = [c for c in frame if c in ("retained", "low", "high") or c.startswith("of ")]
             ui.table(frame, "expected", "A row per method: what it is expected to retain, with interval and reasons",
@@ -111,8 +109,8 @@ def making(shelf: Shelf, names: list[str], base: str | None, best: str | None) -
                             help="Methods that need data are run from the command line or from Python")  # fmt: skip
     left.caption(methods[method])
     align = left.toggle("Align first", key="merge_align", bind="query-params",
-                        help="Move every model onto the base, or the first one, before merging: for models trained "
-                             "apart")
+                        help="Move every model onto the base, or the first one, before merging: for models "
+                             "trained apart")  # fmt: skip
     hyper: dict[str, Any] = {}
     with right:
         settings = lab.settings_of(method)
@@ -178,8 +176,8 @@ def measuring(shelf: Shelf, names: list[str], made: Made) -> Measured | None:
     kind = st.segmented_control("On which data", ["Their own test data", "A file"], default="Their own test data",
                                 key="data", bind="query-params", required=True,
                                 help="Networks trained from recipes say what they were tested on. A file holds "
-                                     "inputs and "
-                                "labels: safetensors or npz with two tensors, one called labels.")  # fmt: skip
+                                     "inputs and labels: safetensors or npz with two tensors, one called "
+                                     "labels.")  # fmt: skip
     file = None
     if kind == "A file":
         given = st.file_uploader("Inputs and labels", key="examples")
@@ -216,9 +214,8 @@ def shown_measure(shelf: Shelf, found: Measured, names: list[str], base: str | N
         if found.curves:
             curves = pd.DataFrame({words: values for words, (_, values) in found.curves.items()},
                                   index=next(iter(found.curves.values()))[0])  # fmt: skip
-            ui.chart(lab.draw_curves(found.curves), "barrier", "Accuracy on the straight path from A (0 %) to B (100 "
-                                                               "%); a dip "
-                     "is the barrier between them.", data=curves)  # fmt: skip
+            ui.chart(lab.draw_curves(found.curves), "barrier", "Accuracy on the straight path from A (0 %) to B "
+                     "(100 %); a dip is the barrier between them.", data=curves)  # fmt: skip
 
 
 def keep(shelf: Shelf, found: Measured, names: list[str], base: str | None, method: str) -> None:
@@ -253,8 +250,7 @@ def page() -> None:
                          help="Without it only models trained apart are predicted, and fewer methods can be "
                               "used")  # fmt: skip
     ui.need(len(names) >= 2, "Choose two models or more: children of one base merge best. In the zoo you can select "
-                             "them "
-                             "in the table or on the map.")  # fmt: skip
+                             "them in the table or on the map.")  # fmt: skip
     ui.need(base not in names, "The base is among the models to merge: take it out of one of the two boxes.")
     with ui.said():
         found = report(shelf, names, base)

@@ -70,8 +70,7 @@ def by_model(shelf: Shelf, folder: str) -> None:
              config={"distance": st.column_config.NumberColumn(format="%.4f"),
                      "parameters": st.column_config.NumberColumn(format="localized")})  # fmt: skip
     st.caption("0 is the same network up to the order of its neurons. Between networks trained independently the "
-               "encoder's "
-               "distance is about 1; distances of different measures do not compare.")  # fmt: skip
+               "encoder's distance is about 1; distances of different measures do not compare.")  # fmt: skip
     if len(found):
         nearest = str(found["model"].iloc[0])
         with st.container(horizontal=True):
@@ -82,8 +81,7 @@ def by_model(shelf: Shelf, folder: str) -> None:
 def by_task(shelf: Shelf, folder: str) -> None:
     assert shelf.zoo is not None
     st.write("Which model knows a task? Every model that takes such rows is run on a few of them, and what its "
-             "outputs tell "
-             "of the labels decides.")  # fmt: skip
+             "outputs tell of the labels decides.")  # fmt: skip
     source = st.segmented_control("Rows", ["Of a data set", "Of a file"], default="Of a data set", key="rows",
                                   bind="query-params", required=True)  # fmt: skip
     if source == "Of a data set":
@@ -95,21 +93,19 @@ def by_task(shelf: Shelf, folder: str) -> None:
         of = [shelf.zoo.stamp, name, sorted(classes)]
         if ui.begun(SET, of) is None and not st.button("Search", type="primary", icon=":material/search:"):
             return
-        answer(ui.work("Asking every model", SET, folder, name, sorted(classes), 200, 20, of=of), "score is the share "
-               "of the labels' information that a model's outputs hold")  # fmt: skip
+        answer(ui.work("Asking every model", SET, folder, name, sorted(classes), 200, 20, of=of),
+               "score is the share of the labels' information that a model's outputs hold")  # fmt: skip
         return
-    file = st.file_uploader("Rows and labels", key="task", help="safetensors, npz or pt: a tensor of inputs, and one "
-                                                                "called "
-                            "labels")  # fmt: skip
+    file = st.file_uploader("Rows and labels", key="task",
+                            help="safetensors, npz or pt: a tensor of inputs, and one called labels")  # fmt: skip
     if file is None:
         return
     place = ui.here().private / "data"
     place.mkdir(exist_ok=True, mode=0o700)
     kept = uploads.keep(place, file.name, file)
     of = [shelf.zoo.stamp, str(kept), kept.stat().st_mtime_ns]
-    answer(ui.work("Asking every model", FILE, folder, str(kept), 20, of=of), "score is what a model's outputs tell "
-                                                                              "of the "
-           "labels")  # fmt: skip
+    answer(ui.work("Asking every model", FILE, folder, str(kept), 20, of=of),
+           "score is what a model's outputs tell of the labels")  # fmt: skip
 
 
 def by_architecture(shelf: Shelf, folder: str) -> None:
@@ -131,7 +127,7 @@ def answer(found: Mapping[str, Any] | None, meaning: str) -> None:
     if found is None:
         return
     table = found["table"]
-    st.caption(f"{found['asked']}: {len(table)} found in {found['seconds']:.1f} s; {meaning}.")
+    st.caption(f"{ui.plain(found['asked'])}: {len(table)} found in {found['seconds']:.1f} s; {meaning}.")
     if len(table):
         ui.table(table, "found", "The models that were found, best first, each with the reason",
                  row_height=68, config={"score": st.column_config.NumberColumn(format="%.3f"),

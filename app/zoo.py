@@ -121,8 +121,8 @@ def _writable(path: Path) -> bool:
 def index_first(folder: Path) -> None:
     """A folder that has no index yet, or an old one: index it, with progress, and say what could not be read."""
     st.subheader(ui.plain(folder.name), anchor=False)
-    st.write(f"`{folder}` has no index yet. Indexing opens every file once, proves how its tensors are wired, and "
-             "keeps the result; unchanged files are skipped the next time.")  # fmt: skip
+    st.write(f"{ui.plain(folder)} has no index yet. Indexing opens every file once, proves how its tensors are wired, "
+             "and keeps the result; unchanged files are skipped the next time.")  # fmt: skip
     of = [folder, "first"]
     started = ui.begun("weightspace.explorer.models:index", of) is not None
     if not (started or st.button("Index this folder", type="primary", icon=":material/play_arrow:")):

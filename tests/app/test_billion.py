@@ -1,4 +1,8 @@
-"""The graph of a network of a billion parameters, from a file that takes no room: its data are a hole."""
+"""A network of a billion parameters, from a file that takes no room (its data are a hole): its graph, its layers.
+
+``pytest -s tests/app/test_billion.py`` prints what each takes: seconds, seconds of the processor, and memory beside the
+file.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,12 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.slow
-WORK = """
+WATCHED = """
 import json, sys, threading, time
 peak = 0
 def watch():
@@ -25,15 +30,23 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 from weightspace.explorer import anatomy, network
 from weightspace.graph import ParameterGraph
-began = time.perf_counter()
-found = anatomy.structure(sys.argv[1])
-graph = ParameterGraph.from_description(found.graph)
-drawing = network.arrange(graph, [row[0] for row in found.rows])
+began, busy = time.perf_counter(), time.process_time()
+{work}
+print(json.dumps(found | {{"seconds": round(time.perf_counter() - began, 1), "anonymous": peak * 1024,
+                           "seconds of the processor": round(time.process_time() - busy, 1)}}))
+"""
+GRAPH = """
+wired = anatomy.structure(sys.argv[1])
+graph = ParameterGraph.from_description(wired.graph)
+drawing = network.arrange(graph, [row[0] for row in wired.rows])
 figure = network.draw(drawing).to_json()
 opened = network.open_axis(sys.argv[1], list(drawing.nodes)[1])
-print(json.dumps({"seconds": time.perf_counter() - began, "anonymous": peak * 1024, "nodes": len(drawing.nodes),
-                  "parts": sorted(drawing.parts.values()), "parameters": graph.num_parameters, "json": len(figure),
-                  "opened": len(opened)}))
+found = {"nodes": len(drawing.nodes), "parts": sorted(drawing.parts.values()), "parameters": graph.num_parameters,
+         "json": len(figure), "opened": len(opened)}
+"""
+LAYERS = """
+read = anatomy.examine(sys.argv[1])
+found = {"layers": len(read.layers), "channels": len(read.channels), "dead": len(read.odd_table())}
 """
 
 
@@ -67,15 +80,27 @@ def llama(folder: Path, layers: int = 16, hidden: int = 2048, inner: int = 8192,
     return folder
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_the_graph_of_a_billion_parameters_is_drawn_without_reading_them(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
     pytest.importorskip("transformers", reason="a Llama is wired through the extra transformers")
+    return llama(tmp_path_factory.mktemp("billion") / "llama")
+
+
+def measured(work: str, file: Path) -> dict[str, Any]:
+    """What is found in a process of its own, and what it took."""
     done = subprocess.run(
-        [sys.executable, "-c", WORK, str(llama(tmp_path / "llama"))], capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", WATCHED.format(work=work), str(file)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     print(found)
+    return found
+
+
+def test_the_graph_of_a_billion_parameters_is_drawn_without_reading_them(file: Path) -> None:
+    found = measured(GRAPH, file)
     assert found["parameters"] > 1e9
     # Sixteen attentions and sixteen perceptrons, each drawn once.
     assert found["parts"] == [16, 16]
@@ -83,4 +108,13 @@ def test_the_graph_of_a_billion_parameters_is_drawn_without_reading_them(tmp_pat
     assert found["json"] < 100_000
     assert 1 <= found["opened"] <= 6
     # Far below the 4.4 GB of its weights in float32.
+    assert found["anonymous"] < 1.6e9
+
+
+def test_layers_and_channels_of_a_billion_parameters_are_read_a_tensor_at_a_time(file: Path) -> None:
+    found = measured(LAYERS, file)
+    assert found["layers"] == 16 * 9 + 3
+    assert found["channels"] >= 16 * 2
+    # Every weight is zero.
+    assert found["dead"] > 16 * 8192
     assert found["anonymous"] < 1.6e9

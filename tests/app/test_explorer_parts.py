@@ -241,6 +241,11 @@ def test_all_odd_channels_are_in_the_table() -> None:
     assert len(Anatomy((), (many,)).odd_table()) == 900
 
 
+def test_an_axis_of_nothing_but_zeros_is_dead() -> None:
+    found = Channels("hidden", "movable", np.zeros(5), np.full(5, np.nan)).odd()
+    assert [i for i, why in found if why.startswith("dead")] == [0, 1, 2, 3, 4]
+
+
 def test_a_merge_stands_below_its_largest_parent() -> None:
     def edge(parent: str, child: str, share: float) -> dict[str, object]:
         return {"parent": parent, "child": child, "share": share}

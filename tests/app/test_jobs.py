@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,16 @@ def test_a_process_that_dies_is_a_sentence(jobs: Jobs) -> None:
     dead = jobs.submit("dead", "abort", "os:abort")
     assert dead.wait(60)
     assert "died" in dead.error
+
+
+def test_what_cannot_be_sent_to_a_process_is_a_sentence_and_ends_the_job(jobs: Jobs) -> None:
+    stuck = jobs.submit("lock", "send a lock", "builtins:str", threading.Lock())
+    assert stuck.wait(60)
+    assert stuck.state == "failed"
+    assert "pickle" in stuck.error
+    after = jobs.submit("after a lock", "add", "operator:add", 1, 2)
+    assert after.wait(60)
+    assert after.result == 3
 
 
 def test_the_library_tells_its_progress_to_a_listener_and_draws_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -85,10 +85,10 @@ class Channels:
         found: dict[int, str] = {}
         for words, values in (("incoming", self.into), ("outgoing", self.out)):
             known = np.isfinite(values)
-            if not known.any() or not (values[known] > 0).any():
-                continue
             for i in np.flatnonzero(known & (values == 0)):
                 found.setdefault(int(i), f"dead: its {words} weights are all zero")
+            if not (values[known] > 0).any():
+                continue
             logs = np.log(np.where(known & (values > 0), values, np.nan))
             middle = np.nanmedian(logs)
             spread = max(1.4826 * float(np.nanmedian(np.abs(logs - middle))), 0.02)

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from weightspace.explorer.worker import read_message, write_message
+from weightspace.explorer.worker import read_message, sentence, write_message
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 _KEPT = 256
@@ -139,6 +139,10 @@ class Jobs:
                 event = self._follow(job, process)
             except (EOFError, OSError, ValueError):
                 event = ("error", "the process that worked on it died: out of memory, or a crash in native code")
+                _kill(process)
+            except Exception as error:
+                # Whatever else goes wrong between the two processes: a job that never ends would block its page.
+                event = ("error", sentence(error))
                 _kill(process)
             job.seconds = time.monotonic() - started
             with self._lock:

@@ -230,8 +230,7 @@ def examples(address: str, file: str | None = None) -> Examples:
     if not name:
         raise ZooError(
             f"the record of {Path(address).name} does not say which data it was trained on; give a file with inputs "
-            "and "
-            "labels instead"
+            "and labels instead"
         )
     if record.get("tasks") and spec:
         from weightspace.zoo.tasks import chosen, data_of

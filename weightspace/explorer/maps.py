@@ -23,6 +23,8 @@ HEIGHT = 470
 """Pixels of the map from top to bottom."""
 _MANY = 1500
 """Points above which a map is drawn by WebGL."""
+_LOGARITHMIC = ("parameters", "bytes")
+"""Columns whose shades are of their logarithms."""
 
 
 def pca(x: NDArray[np.floating[Any]], dimensions: int = 2) -> tuple[Points, float]:
@@ -90,10 +92,8 @@ def draw(
     made = style.figure(
         height=HEIGHT, dragmode="pan", xaxis={"visible": False, "range": wide}, yaxis={"visible": False, "range": high}
     )
-    many = len(names) > _MANY
-    scatter = go.Scattergl if many else go.Scatter
-    # Radii that stay apart: few models are drawn large.
-    size = 9 if len(names) < 200 else 7 if len(names) < _MANY else 5
+    scatter = go.Scattergl if len(names) > _MANY else go.Scatter
+    size = _size(len(names))
     held = np.asarray(kept, dtype=bool)
     label = np.asarray(names, dtype=object)
 
@@ -110,20 +110,18 @@ def draw(
     if (~held).any():
         add(~held, "filtered out", {"color": style.OTHER, "opacity": 0.15}, hover=False, showlegend=False)
     values = frame[colour] if colour is not None else pd.Series("models", index=frame.index)
-    numbers = pd.to_numeric(values, errors="coerce") if colour is not None else values
-    if colour is not None and pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
-        column = numbers.to_numpy(dtype=float)
+    column = None if colour is None else _shades(values, colour)
+    if colour is not None and column is not None:
         known = held & np.isfinite(column)
-        logarithmic = colour in ("parameters", "bytes") and bool((column[known] > 0).all())
-        shade = np.log10(column[known]) if logarithmic else column[known]
+        level = column[known]
         told: dict[str, Any] = {"text": colour.replace("_", " "), "side": "right"}
         bar: dict[str, Any] = {"title": told, "thickness": 10, "len": 0.8}
-        if logarithmic and len(shade):
-            ticks = np.arange(np.floor(shade.min()), np.ceil(shade.max()) + 1)
+        if colour in _LOGARITHMIC and len(level):
+            ticks = np.arange(np.floor(level.min()), np.ceil(level.max()) + 1)
             bar |= {"tickvals": ticks, "ticktext": [style.count(10**t) for t in ticks]}
         if (held & ~known).any():
             add(held & ~known, "not known", {"color": style.OTHER, "opacity": 0.5})
-        add(known, colour, {"color": shade, "colorscale": style.SEQUENTIAL, "colorbar": bar}, showlegend=False)
+        add(known, colour, {"color": level, "colorscale": style.SEQUENTIAL, "colorbar": bar}, showlegend=False)
     else:
         classes, colours = style.colours_of(values.tolist())
         of = np.asarray(classes, dtype=object)
@@ -146,6 +144,21 @@ def draw(
     return made
 
 
+def _size(count: int) -> int:
+    """Diameter of a point in pixels, such that points stay apart: few models are drawn large."""
+    return 9 if count < 200 else 7 if count < _MANY else 5
+
+
+def _shades(values: pd.Series[Any], colour: str) -> Points | None:
+    """A column of numbers as what its shades are of, NaN where it is not known; None for one of few values: classes."""
+    import pandas as pd
+
+    if not pd.api.types.is_numeric_dtype(values) or values.nunique() <= 8:
+        return None
+    column = values.to_numpy(dtype=float, na_value=np.nan)
+    return np.log10(np.where(column > 0, column, np.nan)) if colour in _LOGARITHMIC else column
+
+
 def _ranges(places: Points) -> tuple[list[float], list[float]]:
     """Of both axes, with room for the discs at the edge."""
     if not len(places):
@@ -161,18 +174,14 @@ def sketch(places: Points, frame: pd.DataFrame, colour: str | None, kept: Sequen
 
     Points of one colour are one path on a grid of a thousand steps, so that 10,000 models are some 100 kB.
     """
-    import pandas as pd
-
     (left, right), (low, high) = _ranges(places)
     x = np.rint((places[:, 0] - left) / (right - left) * 1000).astype(int)
     y = np.rint((high - places[:, 1]) / (high - low) * 1000).astype(int)
     held = np.asarray(kept, dtype=bool)
     layers: list[tuple[NDArray[np.bool_], str, float]] = [(~held, style.OTHER, 0.15)]
     values = None if colour is None else frame[colour]
-    if values is not None and pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
-        column = values.to_numpy(dtype=float, na_value=np.nan)
-        if colour in ("parameters", "bytes"):
-            column = np.log10(np.where(column > 0, column, np.nan))
+    column = None if values is None or colour is None else _shades(values, colour)
+    if column is not None:
         known = held & np.isfinite(column)
         layers.append((held & ~known, style.OTHER, 0.5))
         bottom, top = (column[known].min(), column[known].max()) if known.any() else (0.0, 1.0)
@@ -182,7 +191,7 @@ def sketch(places: Points, frame: pd.DataFrame, colour: str | None, kept: Sequen
         classes, colours = style.colours_of([""] * len(frame) if values is None else values.tolist())
         of = np.asarray(classes, dtype=object)
         layers += [(held & (of == word), shade, 0.9) for word, shade in colours.items()]
-    size = 9 if len(frame) < 200 else 7 if len(frame) < _MANY else 5
+    size = _size(len(frame))
     paths = []
     for which, shade, opacity in layers:
         spots = np.unique(np.stack([x[which], y[which]], 1), axis=0).tolist()

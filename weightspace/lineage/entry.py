@@ -62,11 +62,11 @@ def trace(
 ) -> Lineage:
     """Which of some models descend from which, with direction and confidence, from their weights alone.
 
-    Models whose floating tensors have equal names and shapes are compared weight by weight; models of different files
+    Models whose floating tensors have equal names and shapes are compared weight by weight; models in different file
     formats that hold the same values are found across names. A model moved inside its orbit (permuted, say) is brought
-    back first; as that takes seconds, at most ``moved`` pairs are tried in each group, those of the nearest
-    ``descriptors`` (computed where they are not given). ``records``: training records of the models, where known, for
-    the comparison with what files say; they change no edge.
+    back first; as that takes seconds (of a deep network a minute), at most ``moved`` pairs are tried in each group,
+    those of the nearest ``descriptors`` (computed where they are not given). ``records``: training records of the
+    models, where known, for the comparison with what files say; they change no edge.
 
     Raises ``WeightspaceError`` for fewer than two models.
     """
