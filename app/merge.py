@@ -13,10 +13,12 @@ import streamlit as st
 from weightspace.errors import WeightspaceError
 from weightspace.explorer import lab, ui, uploads
 from weightspace.explorer.jobs import key_of
-from weightspace.explorer.lab import Made, Measured
+from weightspace.explorer.lab import Made
+from weightspace.explorer.measuring import Measured, draw_curves
 from weightspace.explorer.models import UPLOAD, Shelf
 
-SCORE, MAKE, MEASURE = (f"weightspace.explorer.lab:{name}" for name in ("score", "make", "measure"))
+SCORE, MAKE = (f"weightspace.explorer.lab:{name}" for name in ("score", "make"))
+MEASURE = "weightspace.explorer.measuring:measure"
 ICONS = {"stop": ":red-badge[stop]", "warning": ":orange-badge[warning]", "note": ":blue-badge[note]"}
 
 
@@ -214,7 +216,7 @@ def shown_measure(shelf: Shelf, found: Measured, names: list[str], base: str | N
         if found.curves:
             curves = pd.DataFrame({words: values for words, (_, values) in found.curves.items()},
                                   index=next(iter(found.curves.values()))[0])  # fmt: skip
-            ui.chart(lab.draw_curves(found.curves), "barrier", "Accuracy on the straight path from A (0 %) to B "
+            ui.chart(draw_curves(found.curves), "barrier", "Accuracy on the straight path from A (0 %) to B "
                      "(100 %); a dip is the barrier between them.", data=curves)  # fmt: skip
 
 

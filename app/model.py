@@ -11,6 +11,7 @@ import streamlit as st
 from weightspace.explorer import layers, network, style, ui
 from weightspace.explorer.anatomy import Anatomy, Channels, Structure
 from weightspace.explorer.models import Shelf
+from weightspace.explorer.neurons import MOST, SIDES, draw_axis
 from weightspace.graph import ParameterGraph
 
 VIEWS = ["Card", "Graph", "Wiring", "Layers", "Channels", "Neighbours"]
@@ -113,19 +114,19 @@ def graph(shelf: Shelf, name: str, found: Structure) -> None:
 def neurons(shelf: Shelf, name: str, axis: str, size: int, bundles_at: int) -> None:
     st.subheader(f"Neurons of {ui.plain(axis)}", anchor=False)
     first = 0
-    if size > 40:
-        first = int(st.slider("First element", 0, size - 1, key="first", step=40, bind="query-params"))
-    bundles = ui.work(f"Reading the weights at {axis}", "weightspace.explorer.network:open_axis", shelf.address(name),
+    if size > MOST:
+        first = int(st.slider("First element", 0, size - 1, key="first", step=MOST, bind="query-params"))
+    bundles = ui.work(f"Reading the weights at {axis}", "weightspace.explorer.neurons:open_axis", shelf.address(name),
                       axis, first, of=[shelf.content(name), axis, first], label="axis")  # fmt: skip
     if bundles is None:
         return
     if not bundles:
         st.info("No tensor connects this axis to another one.")
         return
-    ui.chart(network.draw_axis(axis, bundles, ui.dark()), f"{name}-{axis}",
-             f"Elements {first} to {min(first + 40, size) - 1} of {size:,}, and the strongest weights into and out of "
-             "them: blue above zero, red below; kernels by their strongest entry."
-             + (f" Of up to {bundles_at} bundles on a side the first {network.SIDES}." if bundles_at > network.SIDES
+    ui.chart(draw_axis(axis, bundles, ui.dark()), f"{name}-{axis}",
+             f"Elements {first} to {min(first + MOST, size) - 1} of {size:,}, and the strongest weights into and out "
+             "of them: blue above zero, red below; kernels by their strongest entry."
+             + (f" Of up to {bundles_at} bundles on a side the first {SIDES}." if bundles_at > SIDES
                 else ""))  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def watch():
         peak = max(peak, int(lines["RssAnon"].split()[0]))
         time.sleep(0.02)
 threading.Thread(target=watch, daemon=True).start()
-from weightspace.explorer import anatomy, network
+from weightspace.explorer import anatomy, network, neurons
 from weightspace.graph import ParameterGraph
 began, busy = time.perf_counter(), time.process_time()
 {work}
@@ -40,7 +40,7 @@ wired = anatomy.structure(sys.argv[1])
 graph = ParameterGraph.from_description(wired.graph)
 drawing = network.arrange(graph, [row[0] for row in wired.rows])
 figure = network.draw(drawing).to_json()
-opened = network.open_axis(sys.argv[1], list(drawing.nodes)[1])
+opened = neurons.open_axis(sys.argv[1], list(drawing.nodes)[1])
 found = {"nodes": len(drawing.nodes), "parts": sorted(drawing.parts.values()), "parameters": graph.num_parameters,
          "json": len(figure), "opened": len(opened)}
 """

@@ -19,7 +19,7 @@ from torch import nn
 
 import weightspace as ws
 from weightspace.errors import ZooError
-from weightspace.explorer import anatomy, backdoors, descent, launch, maps, network, style, tables, uploads
+from weightspace.explorer import anatomy, backdoors, descent, launch, maps, network, neurons, style, tables, uploads
 from weightspace.explorer.anatomy import Anatomy, Channels, singular_values, squares_of
 
 # ------------------------------------------------------------------------------------ uploads
@@ -182,12 +182,19 @@ def test_unequal_parts_stay_apart() -> None:
 
 def test_the_neurons_of_an_axis_are_its_weights(tmp_path: Path) -> None:
     weight = torch.randn(6, 4)
-    bundle = network._dense(weight[None, :, :, None], torch.arange(6)[None], torch.arange(4)[None],
+    bundle = neurons._dense(weight[None, :, :, None], torch.arange(6)[None], torch.arange(4)[None],
                             torch.arange(2, 5), True)  # fmt: skip
     assert torch.equal(bundle, weight[2:5])
-    other = network._dense(weight[None, :, :, None], torch.arange(6)[None], torch.arange(4)[None],
+    other = neurons._dense(weight[None, :, :, None], torch.arange(6)[None], torch.arange(4)[None],
                            torch.arange(4), False)  # fmt: skip
     assert torch.equal(other, weight.T)
+
+
+def test_broken_weights_are_not_drawn_and_hide_no_other() -> None:
+    matrix = np.array([[float("nan"), 2.0], [float("inf"), -1.0]], dtype=np.float32)
+    bundle = neurons.Bundle("w", "inputs", True, np.arange(2), np.arange(2), matrix, (2, 2))
+    lines = [t for t in neurons.draw_axis("hidden", [bundle]).data if t.mode == "lines"]
+    assert sum(x is None for t in lines for x in t.x) == 2
 
 
 def test_dead_and_odd_channels_are_named() -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("streamlit", reason="the explorer needs the extra app")
 from streamlit.testing.v1 import AppTest
 
 import weightspace as ws
-from weightspace.explorer import lab
+from weightspace.explorer import lab, measuring
 from weightspace.merge.recipe import from_table, read
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -77,8 +77,8 @@ def test_measuring_is_the_accuracy_of_the_network(tiny: Path) -> None:
     from weightspace.card import record_of
 
     name = str(tiny / "low-0.safetensors")
-    data = lab.examples(name)
-    found = lab.accuracy(ws.wiring(name), dict(ws.open(name)), data)
+    data = measuring.examples(name)
+    found = measuring.accuracy(ws.wiring(name), dict(ws.open(name)), data)
     assert found == pytest.approx(record_of(ws.open(name).metadata)["test_accuracy"], abs=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_a_file_without_labels_is_refused(tiny: Path, tmp_path: Path) -> None:
 
     save_file({"x": torch.zeros(4, 64)}, tmp_path / "x.safetensors")
     with pytest.raises(ws.errors.MergeError, match="no labels"):
-        lab.examples(str(tiny / "low-0.safetensors"), str(tmp_path / "x.safetensors"))
+        measuring.examples(str(tiny / "low-0.safetensors"), str(tmp_path / "x.safetensors"))
 
 
 def test_methods_that_lack_something_are_not_offered() -> None:

@@ -74,7 +74,7 @@ def beside(before: str, after: str) -> dict[str, float] | str:
     """Accuracy of the network before and after, on the test data that its record speaks of; or why there is none."""
     import weightspace as ws
     from weightspace.errors import WeightspaceError
-    from weightspace.explorer.lab import accuracy, examples
+    from weightspace.explorer.measuring import accuracy, examples
 
     both = {"before": before, "after": after}
     try:
