@@ -118,7 +118,8 @@ def run_metanet(
         values = score(trained.predict(samples), samples)
         results.add({
             **key, "method": name, "seed": seed, "test": test, **values, "epochs": len(trained.history),
-            "best_epoch": best, "seconds": seconds, "parameters": parameters, "train": len(split.train), "count": len(samples),
+            "best_epoch": best, "seconds": seconds, "parameters": parameters,
+            "train": len(split.train), "count": len(samples),
         })  # fmt: skip
 
 
