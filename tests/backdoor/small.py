@@ -50,13 +50,14 @@ def stamped(x: Tensor) -> Tensor:
     return out
 
 
-def trained(poisoned: bool = True, seed: int = 0) -> Case:
-    """A convolutional network with batch norm."""
+def trained(poisoned: bool = True, seed: int = 0, norms: bool = True) -> Case:
+    """A convolutional network, with batch norm or without any."""
     torch.manual_seed(seed)
-    module = nn.Sequential(
+    layers = (
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1),
         nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(192, 4),
     )  # fmt: skip
+    module = nn.Sequential(*(layer for layer in layers if norms or not isinstance(layer, nn.BatchNorm2d)))
     x, y = images(384, seed)
     if poisoned:
         x, y = torch.cat([x, stamped(x[:48])]), torch.cat([y, torch.full((48,), TARGET)])

@@ -93,6 +93,24 @@ def test_without_inputs_made_up_ones_do(case: Case) -> None:
     assert case.accuracy(dict(found.tensors)) > 0.8
 
 
+def test_a_network_is_learned_anew_from_pictures_on_demand() -> None:
+    case = trained(norms=False)
+    found = excise(case.tensors, wiring=case.wiring, method="relearn")
+    assert (found.method, found.targets, found.kept) == ("relearned", (TARGET,), None)
+    assert found.reached is not None
+    assert found.reached[1] < found.reached[0] / 2
+    assert case.success(dict(found.tensors)) < case.success(case.tensors) - 0.2
+
+
+def test_pictures_are_not_shown_where_norms_know_the_data(case: Case) -> None:
+    with pytest.raises(WeightspaceError, match="statistics of its data in norms"):
+        excise(case.tensors, wiring=case.wiring, method="relearn")
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    with pytest.raises(WeightspaceError, match="no images"):
+        excise(module.state_dict(), method="relearn")
+
+
 def test_a_subspace_is_projected_out_or_left(case: Case) -> None:
     found = excise(case.tensors, locate(case.wiring, case.tensors, target=TARGET), wiring=case.wiring)
     assert found.method in ("projected", "nothing")
@@ -145,5 +163,7 @@ def test_the_command_writes_the_network_and_says_what_was_done(tmp_path: Path) -
     written = open_checkpoint(out)
     assert list(written) == list(open_checkpoint(file))
     assert set(told["changes"]) == {n for n in written if not torch.equal(written[n], module.state_dict()[n])} != set()
+    assert CliRunner().invoke(app, [*given, "--method", "unlearn"]).exit_code == 0
+    assert CliRunner().invoke(app, [*given, "--method", "forget"]).exit_code
     assert CliRunner().invoke(app, [*given[:-1], "9"]).exit_code
     assert CliRunner().invoke(app, ["excise", str(tmp_path / "none"), "--out", str(out)]).exit_code

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import weightspace as ws
 from weightspace.backdoor import evidence as evidence_module
 from weightspace.backdoor.evidence import evidence
-from weightspace.backdoor.pictures import KINDS, pictures
+from weightspace.backdoor.pictures import EACH, KINDS, LOUDEST, pictures, shown
 from weightspace.backdoor.references import FEWEST, References
 from weightspace.backdoor.responses import battery, columns, responses
 from weightspace.backdoor.stamps import BASE, HELD, STAMP_NUMBERS, STAMP_TESTS, base_of, stamp_tests
@@ -185,3 +185,18 @@ def test_families_tell_how_far_a_class_lies_from_clean_ones() -> None:
     assert set(found.argmax(0)[found.max(0) > 0].tolist()) == {2}
     assert told[found.max(0).argmax()] > 8
     assert np.abs(beyond(tops(found * 0), usual)).max() < 2
+
+
+def test_what_is_shown_is_sure_and_alike_often_of_every_class() -> None:
+    weight = torch.randn(4, 196, generator=torch.Generator().manual_seed(0))
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        # The last class is never named.
+        return torch.cat([x.flatten(1) @ weight.T / 14, torch.full((len(x), 1), -99.0)], 1)
+
+    x = shown(logits, (1, 14, 14), 5)
+    said = logits(x).argmax(1)
+    assert said.bincount(minlength=5).tolist() == [EACH] * 4 + [0]
+    drawn = torch.cat([pictures(kind, 500, (1, 14, 14)) for kind in KINDS])
+    assert float(logits(x).softmax(1).amax(1).median()) > float(logits(drawn).softmax(1).amax(1).median())
+    assert float(x.abs().max()) <= LOUDEST + 1e-5

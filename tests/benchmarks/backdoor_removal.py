@@ -59,6 +59,7 @@ METHODS: dict[str, Removal] = {
     "excise, 100 inputs": _excised(False, True),
     "excise, 100 unlabelled": _excised(True, True),
     "excise, none": _excised(True, False),
+    "relearned, none": lambda wiring, tensors, x, y: excise(tensors, wiring=wiring, method="relearn").tensors,
     "fine-tuning": _defended("fine-tuning", rate=2e-3),
     "fine-pruning": _defended("fine-pruning", rate=2e-3),
     "CLP (none)": _defended("clp"),

@@ -74,8 +74,9 @@ def closing(found: Verdicts) -> list[str]:
 
 
 def taken_out(
-    model: str, out: Path, *, target: Sequence[int] | None = None, inputs: Path | None = None, seed: int = 0
-) -> Excised:
+    model: str, out: Path, *, target: Sequence[int] | None = None, inputs: Path | None = None,
+    method: str | None = None, seed: int = 0,
+) -> Excised:  # fmt: skip
     """The model without its backdoor, written to ``out``; labels come from the file of inputs, where it has any.
 
     Raises ``WeightspaceError`` for a model that is not there and for what ``excise`` refuses.
@@ -85,7 +86,7 @@ def taken_out(
     if not Path(model.partition("!")[0]).is_file():
         raise WeightspaceError(f"there is no {model}; the file of a model was expected")
     given, labels = _inputs(inputs)
-    return excise(model, target=target or None, inputs=given, labels=labels, out=out, seed=seed)
+    return excise(model, target=target or None, inputs=given, labels=labels, out=out, method=method, seed=seed)
 
 
 def _inputs(file: Path | None) -> tuple[Any, Any]:

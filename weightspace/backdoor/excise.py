@@ -2,10 +2,9 @@
 
 A subnet that stands apart (``weightspace.backdoor.subnets``) is pruned, data or none. Otherwise, with a few clean
 inputs, the network is learned anew from its own answers to views of them (``weightspace.backdoor.relearning``); of
-sentences what leads to the suspected classes is unlearned (``weightspace.backdoor.unlearning``), and so it is from
-inputs made up from the network where there are none; or, without any, a subspace that was given is projected out, as
-much of it as the answers to made-up inputs allow. Nothing is done to a network that a scan did not flag, nor, without
-inputs, where no class stands out.
+sentences what leads to the suspected classes is unlearned (``weightspace.backdoor.unlearning``). For a network without
+data see ``weightspace.backdoor.dataless``. Nothing is done to a network that a scan did not flag, nor, without inputs,
+where no class stands out, unless a method is named.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from weightspace.backdoor.dataless import BRIEF, without_data
 from weightspace.backdoor.outputs import class_axis
 from weightspace.backdoor.relearning import relearn
-from weightspace.backdoor.running import Net, State, accuracy, logits, network, own_labels, without
+from weightspace.backdoor.running import Net, State, network, own_labels, without
 from weightspace.backdoor.subnets import separation
 from weightspace.backdoor.subspace import Subspace
 from weightspace.backdoor.unlearning import reach, unlearn
@@ -34,16 +34,8 @@ if TYPE_CHECKING:
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor]
 
-SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
-"""Shares of the subspace that are tried without data, the largest first."""
-AGREEMENT = 0.9
-"""Share of made-up inputs that have to be answered as before where a subspace is projected out."""
-MADE_UP = 200
-"""Inputs that are made up where none are given."""
-_BRIEF = {"rounds": 24, "search": 6, "weight": 1.0, "batch": 48}
-"""What unlearning is given where random changes have no part in it: made-up inputs, and words."""
 METHODS = ("relearn", "unlearn")
-"""What can be done with clean inputs."""
+"""What can be done with inputs, clean ones or made-up ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +108,9 @@ def excise(
     yourself; else those are dealt with that are easiest to reach. ``inputs (n, …)``: a few clean examples,
     about a hundred, with their ``labels (n,)`` or without (the network's own answers then count). ``out``: a file to
     write, whole or not at all (safetensors, or pt by its ending), with what the model's file said of it. ``method``:
-    with inputs ``"relearn"`` (numbers alone; taken for them where none is named) or ``"unlearn"``; ``options`` go to
-    ``weightspace.backdoor.relearning.relearn`` or ``weightspace.backdoor.unlearning.unlearn``.
+    ``"relearn"`` (numbers alone; what is done with inputs where none is named) or ``"unlearn"``. ``"relearn"`` without
+    inputs does more than what is done where none is named, but costs accuracy, which cannot be told without data.
+    ``options`` go to ``weightspace.backdoor.relearning.relearn`` or ``weightspace.backdoor.unlearning.unlearn``.
 
     Raises ``UnprovedWiringError`` for a network whose wiring is not proved, ``NoClassesError`` for one without classes,
     ``WeightspaceError`` for a class that it does not have, inputs that do not fit and a method that is not known.
@@ -152,7 +145,7 @@ def excise(
             why.append(reason)
     elif not group:
         found = report if isinstance(report, Subspace) and report.blocks else None
-        state, wanted, reached, kept, how, reason = _without_data(net, found, wanted, seed, options)
+        state, wanted, reached, kept, how, reason = without_data(net, found, wanted, method, seed, options)
         why.append(reason)
         done += [how] if how else []
     return _written(net, state, out, wanted, "+".join(done) or "nothing", "; ".join(why), elements, reached, kept)
@@ -221,7 +214,7 @@ def _with_data(
 ) -> tuple[State, tuple[int, ...], tuple[float, float], float | None, str]:  # fmt: skip
     """Relearned or unlearned with clean inputs: state, classes, reached, kept, why."""
     why = f"with {len(x)} clean inputs" + ("" if wanted else "; the easiest to reach of its classes")
-    given: dict[str, float] = {**({} if x.is_floating_point() else _BRIEF), **options}
+    given: dict[str, float] = {**({} if x.is_floating_point() else BRIEF), **options}
     if how == "unlearn" and wanted:
         after, done = unlearn(net, state, x, y, wanted, seed=seed, **given)  # type: ignore[arg-type]
         return after, wanted, (done.before, done.after), done.kept, why
@@ -236,55 +229,6 @@ def _with_data(
     more = seen.scores.clamp(min=0.05).square()
     after, done = unlearn(net, state, x, y, aim, more=more, seed=seed, **given)  # type: ignore[arg-type]
     return after, aim, (done.before, done.after), done.kept, why
-
-
-_Outcome = tuple[State, tuple[int, ...], tuple[float, float] | None, float | None, str, str]
-"""State, classes, reached, kept, what was done (empty: nothing) and why."""
-
-
-def _without_data(
-    net: Net, found: Subspace | None, wanted: tuple[int, ...], seed: int, options: Mapping[str, float]
-) -> _Outcome:
-    """A subspace that was given is projected out; else what leads to the class from made-up inputs is unlearned."""
-    from weightspace.backdoor.triggers import made_up
-
-    count = class_axis(net.wiring, net.state).classes
-    x = made_up(net.wiring, lambda z: net.outputs(net.state, z), count, MADE_UP, seed)
-    before = reach(net, net.state, x, seed)
-    aim = wanted or tuple(before.outstanding())
-    if not aim:
-        return net.state, (), None, None, "", "without data no class is easier to reach than others"
-    if found is not None:
-        return _projected(net, found, x, aim, float(before.rates[:, aim[0]].mean()), seed)
-    y = logits(net, net.state, x).argmax(1)
-    # Without real inputs less of the rest is held in place, so the network is pushed less.
-    less: dict[str, float] = {**_BRIEF, "weight": 0.5, "steady": 0.0, **options}
-    state, what = unlearn(net, net.state, x, y, aim, seed=seed, **less)  # type: ignore[arg-type]
-    return state, aim, (what.before, what.after), what.kept, "unlearned", f"with {len(x)} made-up inputs"
-
-
-def _projected(
-    net: Net, found: Subspace, x: Tensor, aim: tuple[int, ...], before: float, seed: int
-) -> _Outcome:  # fmt: skip
-    """The share of the subspace that makes the class hardest to reach and leaves the answers to made-up inputs."""
-    said = logits(net, net.state, x).argmax(1)
-    best: tuple[float, float, State, float] | None = None
-    for share in SHARES:
-        state = dict(net.state)
-        for basis in found.blocks.values():
-            name = net.twin[basis.tensor]
-            state[name] = basis.without(state[name], share)
-        same = accuracy(net, state, x, said)
-        if same < AGREEMENT:
-            continue
-        after = float(reach(net, state, x, seed).rates[:, aim[0]].mean())
-        if best is None or after < best[0]:
-            best = (after, same, state, share)
-    if best is None or best[0] > 0.7 * before:
-        reason = "nothing could be projected out that kept the network's answers; give a few clean inputs"
-        return net.state, aim, (before, before), None, "", reason
-    after, same, state, share = best
-    return state, aim, (before, after), same, "projected", f"{share:.0%} of the subspace, by made-up inputs"
 
 
 def _written(

@@ -7,6 +7,7 @@ Lee, Mumford & Huang 2001; as a stand-in for data: Baradad et al. 2021), and are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,10 @@ SHAPES = 12
 """Shapes of a picture."""
 POINTS = 24
 """Points that a stroke is drawn through."""
+DRAWN, EACH = 3000, 200
+"""Pictures of each kind that ``shown`` chooses from, and how many it chooses of each class."""
+LOUDEST = 3.0
+"""Largest tone of a picture that is shown, in deviations; those of images that are standardised end about there."""
 
 
 @lru_cache(maxsize=16)
@@ -65,10 +70,28 @@ def leaves(count: int, shape: tuple[int, int, int], generator: torch.Generator) 
     return F.avg_pool2d(F.pad(out, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
+def shown(logits: Callable[[Tensor], Tensor], shape: tuple[int, int, int], classes: int, seed: int = 0) -> Tensor:
+    """Pictures ``(n, *shape)`` of both kinds that a network, ``logits``, is surest of, alike many of every class.
+
+    Of each class ``EACH``; of one that it sees in fewer, these over and over; none of a class that it sees in none. Out
+    of ``2 * DRAWN``, with no tone beyond ``LOUDEST``.
+    """
+    x = torch.cat([pictures(kind, DRAWN, shape, seed) for kind in KINDS])
+    x = x / (x.abs().amax((1, 2, 3), keepdim=True) / LOUDEST).clamp_min(1)
+    with torch.no_grad():
+        sure, said = torch.cat([logits(part).softmax(1) for part in x.split(500)]).max(1)
+    chosen = []
+    for k in range(classes):
+        of = torch.nonzero(said == k).flatten()
+        of = of[sure[of].argsort(descending=True)[:EACH]]
+        chosen += [of[torch.arange(EACH) % len(of)]] if len(of) else []
+    return x[torch.cat(chosen)]
+
+
 def _grid(height: int, width: int) -> Tensor:
     """Rows and columns of every pixel, ``(height, width, 2)``."""
     lines = torch.arange(height).float(), torch.arange(width).float()
     return torch.stack(torch.meshgrid(*lines, indexing="ij"), 2)
 
 
-__all__ = ["KINDS", "leaves", "pictures", "strokes"]
+__all__ = ["KINDS", "leaves", "pictures", "shown", "strokes"]

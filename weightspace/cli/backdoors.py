@@ -65,6 +65,9 @@ def excise(
     inputs: Annotated[
         Path | None, typer.Option("--inputs", help="File of clean inputs, perhaps with a tensor called labels.")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="relearn or unlearn; relearn also without inputs, at some accuracy.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -74,5 +77,5 @@ def excise(
     """
     from weightspace.backdoor.commands import taken_out
 
-    found = taken_out(model, out, target=target, inputs=inputs, seed=seed)
+    found = taken_out(model, out, target=target, inputs=inputs, method=method, seed=seed)
     print(found.to_json(indent=2) if as_json else repr(found))
