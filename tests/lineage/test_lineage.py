@@ -64,8 +64,17 @@ def test_without_their_parent_children_are_relatives_and_no_parent_is_made_up() 
     assert not [e for e in found.edges if e.confidence > 0.9]
 
 
+def test_files_of_a_folder_that_cannot_be_read_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    write(tmp_path, {n: family()[n] for n in ("root", "left")})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "left.safetensors").read_bytes()[:-64])
+    found = ws.lineage(tmp_path)
+    assert [(e.parent, e.child) for e in found.edges] == [("root.safetensors", "left.safetensors")]
+    assert list(found.left_out) == ["cut.safetensors"]
+    assert "cut.safetensors" in repr(found)
+
+
 def test_too_few_models_and_unknown_names_are_refused(folder: Path) -> None:
-    with pytest.raises(WeightspaceError, match="at least two"):
+    with pytest.raises(WeightspaceError, match="two or more"):
         trace({"one": from_tensors(family()["root"])})
     with pytest.raises(ZooError, match="no model"):
         ws.Zoo(folder).lineage(["nobody"])

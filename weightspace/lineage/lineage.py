@@ -52,7 +52,8 @@ class Lineage:
 
     ``models``: every model, in order. ``edges``: parents to children. ``families``: sets of relatives, whether or not
     the parents of all are here. ``claims``: what the files say, and ``disagreements`` in sentences where that is not
-    what the weights say. ``left_out``: models that could not be compared, with the reason. ``notes``: how it was done.
+    what the weights say. ``left_out``: models (and files of a zoo) that could not be compared or read, with the reason.
+    ``notes``: how it was done.
     """
 
     models: tuple[str, ...]

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -301,7 +301,8 @@ class Zoo:
 
         ``models``: names of some of them (default: all). Edges have a direction, a confidence and a reason; merges show
         their parents' proportions; what files say of their descent is held against it. ``moved``: how many pairs of
-        families of one architecture are examined for copies moved inside their orbit, seconds each.
+        families of one architecture are examined for copies moved inside their orbit, seconds each. Files that could
+        not be read are among those left out, with the reason.
 
         Raises ``ZooError`` when the zoo has no index yet, for names that are not in it, and for fewer than two models.
         """
@@ -315,12 +316,13 @@ class Zoo:
         chosen = list(rows) if models is None else list(dict.fromkeys(models))
         if len(chosen) < 2:
             raise ZooError(f"{len(chosen)} models of {self.folder} to compare; a lineage needs at least two")
-        return trace(
+        found = trace(
             {n: opened(self.folder, rows[n]) for n in chosen},
             records={n: rows[n].card["record"] for n in chosen},
             descriptors={n: np.asarray(rows[n].embedding, dtype=np.float64) for n in chosen},
             moved=moved, seed=seed, progress=progress,
         )  # fmt: skip
+        return found if models is not None else replace(found, left_out={**found.left_out, **dict(self.failures())})
 
     def failures(self) -> list[tuple[str, str]]:
         """Files that look like checkpoints but could not be read, each with the reason."""
