@@ -165,7 +165,7 @@ def test_measured_merges_from_a_file_and_from_the_zoo(run: Run, folder: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("score", "m1.safetensors"), "1 models were given, two or more were expected"),
+        (("score", "m1.safetensors"), "1 model was given, two or more were expected"),
         (("score", "m1.safetensors", "m2.safetensors", "-m", "moe"), "nothing was learned about 'moe'"),
         (("score", "m1.safetensors", "absent.safetensors"), "absent.safetensors"),
         (("score", "m1.safetensors", "m2.safetensors", "--least", "90"), "such as 0.9"),

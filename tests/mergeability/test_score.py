@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,11 +23,6 @@ from weightspace.errors import WeightspaceError
 from weightspace.mergeability import protection
 from weightspace.mergeability.measurements import (
     BARRIER,
-    Measurement,
-    as_measurement,
-    latest,
-    read_measurements,
-    write_measurements,
 )
 from weightspace.mergeability.report import TERMS, MergeReport
 from weightspace.wiring.proof import distance, run
@@ -36,29 +30,7 @@ from weightspace.wiring.proof import distance, run
 sys.path.insert(0, str(Path(__file__).parent))
 import small
 from networks import child, fresh, wiring
-
-NEW = 3
-"""A family that the small prior has not seen."""
-
-
-@pytest.fixture(scope="module")
-def base() -> dict[str, Tensor]:
-    return small.family(NEW)[0]
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, dict[str, Tensor]]:
-    return small.family(NEW)[1]
-
-
-def score(models: Any, base: Any = None, **kwargs: Any) -> MergeReport:
-    return ws.score(models, base, **{"prior": small.prior(), "wiring": wiring("mlp"), "checks": False, **kwargs})
-
-
-@pytest.fixture(scope="module")
-def plain(models: Mapping[str, Any], base: Any) -> MergeReport:
-    return score(models, base, checks=True)
-
+from scored import NEW, score
 
 # ------------------------------------------------------------------------------------ what it says
 
@@ -153,142 +125,6 @@ def test_order_and_names_do_not_matter(models: Mapping[str, Any], base: Any) -> 
         assert p.value == pytest.approx(two.predictions[method].value, abs=1e-9, nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------ measured merges
-
-
-def rows(*keep: tuple[str, ...], method: str = "ties") -> list[dict[str, Any]]:
-    return [m.to_row() for m in small.measured(NEW) if m.method == method and m.models in keep]
-
-
-def test_a_measurement_moves_the_others_and_shrinks_their_intervals(
-    plain: MergeReport, models: Mapping[str, Any], base: Any
-) -> None:
-    before = {m.models: m.predictions["ties"] for m in plain.ranked(2)}
-    pair = ("m0", "m5")
-    low = {"a": "m0", "b": "m5", "method": "ties", "outcome": max(before[pair].value - 0.2, 0.3)}
-    after = {m.models: m.predictions["ties"] for m in score(models, base, known=[low]).ranked(2)}
-    assert after[pair].measured
-    assert after[pair].value == low["outcome"]
-    moved: dict[bool, list[float]] = {True: [], False: []}
-    for other, p in after.items():
-        if other != pair and p.known and before[other].known:
-            moved[bool(set(other) & set(pair))].append(before[other].value - p.value)
-    assert min(moved[True]) > 0
-    # Of merges of other models it says less.
-    assert np.mean(moved[True]) > 1.5 * np.mean(moved[False])
-    # A measurement that says what was expected moves little, and makes the others surer.
-    agreed = {**low, "outcome": before[pair].value}
-    told = {m.models: m.predictions["ties"] for m in score(models, base, known=[agreed]).ranked(2)}
-    for other, p in told.items():
-        if other != pair and p.known and set(other) & set(pair):
-            assert p.value == pytest.approx(before[other].value, abs=0.02)
-            assert p.high - p.low < before[other].high - before[other].low
-
-
-def test_measurements_bring_predictions_nearer_to_the_truth(models: Mapping[str, Any], base: Any) -> None:
-    truth = {m.models: m.outcome for m in small.measured(NEW) if m.method == "ties"}
-    told = rows(("m0", "m5"), ("m1", "m5"), ("m2", "m4"), ("m3", "m5"), ("m0", "m3"))
-    rest = [k for k in truth if not any(r["a"] == k[0] and r["b"] == k[1] for r in told)]
-    errors = []
-    for known in (None, told):
-        found = {m.models: m.predictions["ties"].value for m in score(models, base, known=known).ranked(2)}
-        errors.append(np.mean([abs(found[k] - truth[k]) for k in rest if not math.isnan(found[k])]))
-    assert errors[1] < errors[0]
-
-
-def test_the_suggestion_is_of_a_pair_that_was_not_measured(models: Mapping[str, Any], base: Any) -> None:
-    known: list[dict[str, Any]] = []
-    seen = set()
-    names = ["m0", "m2", "m4"]
-    for _ in range(3):
-        told = score({n: models[n] for n in names}, base, known=known).suggest("ties")
-        assert told.models not in seen
-        assert 0 < told.share <= 1
-        seen.add(told.models)
-        known += rows(told.models)
-    report = score({n: models[n] for n in names}, base, known=known)
-    with pytest.raises(WeightspaceError, match=r"every pair was measured by ties"):
-        report.suggest("ties")
-    with pytest.raises(WeightspaceError, match=r"no predictions by slerp"):
-        report.suggest("slerp")
-
-
-@pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "frame", "rows", "measurements"])
-def test_known_may_come_from_anywhere(kind: str, tmp_path: Path) -> None:
-    told = [m for m in small.measured(NEW) if m.method in ("ties", BARRIER)][:6]
-    path = tmp_path / f"known.{kind}"
-    known: Any = path
-    if kind in ("csv", "json"):
-        write_measurements(path, told)
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(m.to_row()) + "\n" for m in told))
-    elif kind == "frame":
-        known = pd.DataFrame([m.to_row() for m in told])
-    else:
-        known = told if kind == "measurements" else [m.to_row() for m in told]
-    found = read_measurements(known)
-    assert [(m.models, m.method) for m in found] == [(m.models, m.method) for m in told]
-    assert [m.outcome for m in found] == pytest.approx([m.outcome for m in told])
-    assert all(len(m.retained) == (0 if m.method == BARRIER else 2) for m in found)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"a": "x", "b": "y", "method": "ties", "outcome": 87.3}, r"row 1.*87.3.*if it is percent, write 0.873"),
-        ({"a": "x", "b": "y", "method": "ties", "outcome": -0.1}, r"outcome -0.1, expected a share"),
-        ({"a": "x", "b": "y", "method": "ties", "outcome": 870}, r"870, expected a share"),
-        ({"a": "x", "b": "y", "method": BARRIER, "outcome": 12.0}, r"accuracy that is lost.*write 0.12"),
-        ({"a": "x", "b": "y", "method": "ties", "outcome": "good"}, r"'good' is no number"),
-        ({"a": "x", "b": "y", "method": "ties", "outcome": float("nan")}, r"there is no outcome"),
-        ({"a": "x", "b": "y", "method": "ties", "outcome": float("inf")}, r"not a finite number"),
-        ({"a": "x", "b": "y", "method": "ties"}, r"there is no outcome.*a, b, method and outcome"),
-        ({"a": "x", "b": "y", "outcome": 0.9}, r"there is no method"),
-        ({"method": "ties", "outcome": 0.9}, r"there are no models"),
-        ({"a": "x", "method": "ties", "outcome": 0.9}, r"2 to 8 different ones were expected"),
-        ({"a": "x", "b": "x", "method": "ties", "outcome": 0.9}, r"2 to 8 different ones were expected"),
-        ({"a": "x", "b": "y", "method": "ties", "outcome": 0.9, "outcome_a": 0.9}, r"by task are missing"),
-        (
-            {"a": "x", "b": "y", "method": "ties", "outcome": 0.9, "outcome_a": 0.5, "outcome_b": 0.6},
-            r"0.9 is not the mean of the outcomes by task \(0.5, 0.6\)",
-        ),
-        ("ties", r"found 'ties', expected a row"),
-    ],
-)
-def test_rows_that_make_no_sense_are_refused(row: Any, message: str) -> None:
-    with pytest.raises(WeightspaceError, match=message):
-        read_measurements([row])
-
-
-def test_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    for name, text in (("a.json", "{"), ("a.csv", "\x00"), ("b.json", '{"a": 1}'), ("c.csv", "model,score\nx,0.9\n")):
-        path = tmp_path / name
-        path.write_text(text)
-        if name == "a.csv":
-            path.write_bytes(b"\xff\xfe\x00\x01\xff")
-        with pytest.raises(WeightspaceError, match=r"expected"):
-            read_measurements(path)
-    with pytest.raises(WeightspaceError, match=r"cannot be read"):
-        read_measurements(tmp_path / "absent.csv")
-
-
-def test_the_last_measurement_of_a_merge_counts() -> None:
-    one, two = Measurement(("x", "y"), "ties", 0.9), Measurement(("y", "x"), "ties", 0.8)
-    assert latest([one, two]) == (two,)
-    assert as_measurement(two) is two
-
-
-def test_known_merges_of_other_models_are_said_to_be_left_out(models: Mapping[str, Any], base: Any) -> None:
-    foreign = [
-        {"a": "x", "b": "m0", "method": "ties", "outcome": 0.9},
-        {"a": "m0", "b": "m1", "method": "moe", "outcome": 0.9},
-    ]
-    report = score({n: models[n] for n in ("m0", "m1")}, base, known=foreign)
-    assert report.known == ()
-    assert any("1 measured merges are about models that were not given" in n for n in report.notes)
-    assert any("nothing was learned about moe" in n for n in report.notes)
-
-
 # ------------------------------------------------------------------------------------ out of range
 
 
@@ -307,20 +143,6 @@ def test_outside_its_range_it_gives_no_number_but_terms_and_why(models: Mapping[
     strange = score(far, models["m0"])
     assert "times as far from the merges learned from" in strange.verdict
     assert math.isnan(strange.merges[0].value)
-
-
-def test_outside_its_range_measured_merges_still_tell_of_others(models: Mapping[str, Any]) -> None:
-    truth = {m.models: m.outcome for m in small.measured(NEW) if m.method == "ties"}
-    told = rows(("m0", "m5"), ("m1", "m5"), ("m0", "m1"), ("m2", "m5"), ("m0", "m2"), ("m3", "m5"))
-    report = score(models, known=told, methods=["ties"])
-    found = {m.models: m.predictions["ties"] for m in report.ranked(2)}
-    assert all(p.known for p in found.values())
-    rest = [k for k in truth if not found[k].measured]
-    assert np.mean([abs(found[k].value - truth[k]) for k in rest]) < 0.12
-    assert all(found[k].low < found[k].value < found[k].high for k in rest)
-    one = {m.models: m.predictions["ties"] for m in score(models, known=told[:1], methods=["ties"]).ranked(2)}
-    wide, narrow = (np.mean([p[k].high - p[k].low for k in rest]) for p in (one, found))
-    assert narrow < wide
 
 
 def test_a_wider_model_is_carried_onto_the_first(tmp_path: Path) -> None:
@@ -372,24 +194,6 @@ def test_models_without_a_base_have_a_prior_of_their_own() -> None:
     # Carried onto the first, a permuted copy is what it was.
     assert again.merges[0].value == pytest.approx(was.value, abs=1e-6)
     assert again.merges[0].terms["axis misalignment"] > 0.1
-
-
-# ------------------------------------------------------------------------------------ inputs
-
-
-def test_unlabelled_inputs_sharpen_the_prediction(models: Mapping[str, Any], base: Any) -> None:
-    pair = {n: models[n] for n in ("m0", "m5")}
-    plain = score(pair, base).predictions["ties"]
-    inputs = {n: small.data(int(n[1:]), 60, 5)[0] for n in pair}
-    with_inputs = score(pair, base, inputs=inputs).predictions["ties"]
-    assert with_inputs.value != pytest.approx(plain.value, abs=1e-4)
-    assert not with_inputs.measured
-    truth = next(m.outcome for m in small.measured(NEW) if m.models == ("m0", "m5") and m.method == "ties")
-    assert abs(with_inputs.value - truth) < abs(plain.value - truth) + 0.02
-    with pytest.raises(WeightspaceError, match=r"inputs of m0 do not fit the network"):
-        score(pair, base, inputs={"m0": torch.zeros(3, 99)})
-    with pytest.raises(WeightspaceError, match=r"'m7', which is none of the models"):
-        score(pair, base, inputs={"m7": inputs["m0"]})
 
 
 # ------------------------------------------------------------------------------------ protected models
@@ -518,17 +322,6 @@ def test_wrong_calls_are_named(models: Mapping[str, Any], base: Any, tmp_path: P
         score(many, base, known=[{"a": "n0", "b": "n1", "method": "ties", "outcome": 0.9}])
     with pytest.raises(WeightspaceError, match=r"at most 512 are scored at once"):
         score({f"n{k}": models["m1"] for k in range(513)}, base)
-
-
-def test_more_models_than_share_a_posterior_are_ranked(models: Mapping[str, Any], base: Any) -> None:
-    many = {f"n{k}": child(models[f"m{k % small.CHILDREN}"], k, 0.01) for k in range(66)}
-    report = score(many, base, methods=["ties"])
-    assert len(report.ranked(2)) == math.comb(66, 2)
-    assert report.top is not None
-    assert report.top.models == report.ranked(2)[0].models
-    assert report.predictions["ties"].terms
-    with pytest.raises(WeightspaceError, match="no predictions"):
-        report.suggest()
 
 
 # ------------------------------------------------------------------------------------ folders and zoos

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,15 +46,17 @@ def inherited(
         return {}, "not scanned for backdoors: the wiring is not proved"
     from weightspace.backdoor.verdict import scan
 
+    @cache
+    def start() -> Mapping[str, Tensor] | None:
+        return _middle(models) if base is None else base
+
     found: dict[str, Verdict] = {}
     why = ""
     for name, tensors in models.items():
         try:
             verdict = scan(tensors, wiring=wiring)
-            if verdict.flagged and not verdict.applicable:
-                start = _middle(models) if base is None else base
-                verdict = verdict if start is None else _less_base(verdict, wiring, tensors, start)
-            found[name] = verdict
+            before = start() if verdict.flagged and not verdict.applicable else None
+            found[name] = verdict if before is None else _less_base(verdict, wiring, tensors, before)
         except (WeightspaceError, ArithmeticError, RuntimeError, ValueError, TypeError, KeyError) as error:
             why = f"{name} was not scanned for backdoors: {' '.join(str(error).split())[:200]}"
         step(name)
