@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,10 @@ def clean(rng: np.random.Generator, family: int) -> tuple[np.ndarray, np.ndarray
     return rng.normal(size=20) + 6 * family, usual + 0.1 * rng.normal(size=(CLASSES, 2))
 
 
+def judged(references: References, descriptor: np.ndarray, values: np.ndarray, leave: Sequence[int] = ()) -> np.ndarray:
+    return references.judge(references.near(descriptor, len(values), leave), values)
+
+
 def fitted(seed: int = 0, count: int = 40) -> References:
     rng = np.random.default_rng(seed)
     pairs = [clean(rng, n % 2) for n in range(count)]
@@ -32,7 +38,7 @@ def test_a_class_is_compared_with_the_same_class_of_its_like(family: int) -> Non
     descriptor, values = clean(rng, family)
     target = CLASSES - 1 if family == 0 else 0  # lowest by nature: raised, it is still far from the highest
     values[target] += 1.5
-    found = fitted().judge(descriptor, values)
+    found = judged(fitted(), descriptor, values)
     assert found.shape == (CLASSES, 4)
     assert found[:, 2].argmax() == target
     assert found[target, 2] > 8
@@ -43,10 +49,10 @@ def test_a_class_is_compared_with_the_same_class_of_its_like(family: int) -> Non
 def test_relatives_are_not_asked_and_too_few_say_nothing() -> None:
     references = fitted(count=2 * FEWEST)
     descriptor, values = clean(np.random.default_rng(3), 0)
-    assert references.judge(descriptor, values).any()
-    assert not references.judge(descriptor, values, leave=range(FEWEST + 1)).any()
-    assert not references.judge(descriptor, values[:4]).any(), "no network has four classes"
-    assert not references.judge(np.zeros(0), values).any()
+    assert judged(references, descriptor, values).any()
+    assert not judged(references, descriptor, values, leave=range(FEWEST + 1)).any()
+    assert not judged(references, descriptor, values[:4]).any(), "no network has four classes"
+    assert not judged(references, np.zeros(0), values).any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,7 +60,7 @@ def test_relatives_are_not_asked_and_too_few_say_nothing() -> None:
 def test_nothing_that_is_not_finite_comes_out(seed: int, strange: float) -> None:
     descriptor, values = clean(np.random.default_rng(seed), seed % 2)
     values[seed % CLASSES, 1] = strange
-    assert np.isfinite(fitted().judge(descriptor, values)).all()
+    assert np.isfinite(judged(fitted(), descriptor, values)).all()
     assert np.isfinite(bounded(values)).all()
 
 
@@ -62,7 +68,7 @@ def test_round_trip() -> None:
     references = fitted()
     again = References.of(references.tensors())
     descriptor, values = clean(np.random.default_rng(5), 1)
-    assert np.allclose(again.judge(descriptor, values), references.judge(descriptor, values), atol=0.2)
+    assert np.allclose(judged(again, descriptor, values), judged(references, descriptor, values), atol=0.2)
 
 
 def test_a_head_learns_from_them_what_it_could_not_know_otherwise() -> None:
@@ -106,7 +112,7 @@ def test_a_network_unlike_all_of_them_is_read_by_itself() -> None:
     assert len(references.near(descriptor, CLASSES)) > 0
     far = descriptor + 60 * rng.normal(size=len(descriptor))
     assert not len(references.near(far, CLASSES))
-    assert not references.judge(far, values).any()
+    assert not judged(references, far, values).any()
 
 
 def test_relatives_do_not_make_the_circle_narrow() -> None:

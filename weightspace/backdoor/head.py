@@ -173,11 +173,10 @@ class EvidenceHead:
             [facts[n].responses for n in usable], [facts[n].whole for n in usable], [facts[n].frame for n in usable],
         )  # fmt: skip
         related = [np.flatnonzero(among == group[n]).tolist() for n in range(len(facts))]
-        usual = np.stack([
-            tops(_beside(names, facts[n], references, related[n])[1]) for n in usable
-        ])  # fmt: skip
-        alone = pair([_alone(names, f, references, r) for f, r in zip(facts, related, strict=True)])
-        told = [_told(names, f, references, usual, r) for f, r in zip(facts, related, strict=True)]
+        near = [_near(f, references, r) for f, r in zip(facts, related, strict=True)]
+        usual = np.stack([tops(_beside(names, facts[n], references, near[n])[1]) for n in usable])
+        alone = pair([_alone(names, f, references) for f in facts])
+        told = [_told(names, f, references, usual, n) for f, n in zip(facts, near, strict=True)]
         return cls(names, alone, pair(told), references, usual)
 
     def __call__(self, facts: Sequence[Facts]) -> tuple[Array, list[Array]]:
@@ -185,10 +184,11 @@ class EvidenceHead:
         odds, classes = [], []
         for fact in facts:
             known = self.references
-            if self.beside is None or known is None or not len(_near(fact, known)):
+            near = _near(fact, known) if known is not None else np.zeros(0, dtype=np.int64)
+            if self.beside is None or known is None or not len(near):
                 whole, each = self.alone(_alone(self.names, fact, known))
             else:
-                whole, each = self.beside(_told(self.names, fact, known, self.usual))
+                whole, each = self.beside(_told(self.names, fact, known, self.usual, near))
             odds.append(whole)
             classes.append(each)
         return np.array(odds), classes
@@ -241,14 +241,11 @@ def _among(fact: Facts) -> Array:
     return np.zeros((len(fact.classes), 2 * len(groups)))
 
 
-def _alone(
-    names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References | None,
-    leave: Sequence[int] = (),
-) -> Told:  # fmt: skip
+def _alone(names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References | None) -> Told:
     """A network by itself; statistics of the whole, which mean the same in all networks, are held beside all."""
     numbers = np.zeros(len(fact.whole))
     if references is not None:
-        numbers = references.numbers(np.zeros(0), len(fact.classes), fact.whole, leave)
+        numbers = references.numbers(np.zeros(0, dtype=np.int64), fact.whole)
     surprise = of_network(names[1], numbers)
     classes = np.concatenate((relative(fact.classes), _among(fact)), axis=1)
     told = summary(surprise, rarity(np.zeros(0), np.zeros((0, 0)), surprise))
@@ -256,29 +253,28 @@ def _alone(
 
 
 def _beside(
-    names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References, leave: Sequence[int]
+    names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References, near: NDArray[np.int64]
 ) -> tuple[Array, Array]:
     """What is told of classes beside clean networks ``(K, …)``, and of the families of tests ``(K, families)``."""
     numbers, groups = _groups(fact.responses)
     classes, responses, order = fact.classes, fact.responses, np.arange(len(fact.classes))
     if len(responses):
-        order = references.order(fact.descriptor, responses, leave, fact.frame)
+        order = references.order(near, responses, fact.frame)
         back = np.argsort(order)
         classes, responses = classes[back], responses[back]
-    judged = references.judge(fact.descriptor, classes, leave, fact.frame)[order]
-    answers = references.answers(fact.descriptor, responses, numbers, leave, fact.frame)
+    judged = references.judge(near, classes)[order]
+    answers = references.answers(near, responses, numbers)
     answers = answers[order] if answers.shape[1] else np.zeros((len(judged), 2 * len(groups)))
     return np.concatenate((judged, answers), axis=1), families(names[0], judged, answers, groups)
 
 
 def _told(
     names: tuple[tuple[str, ...], tuple[str, ...]], fact: Facts, references: References, usual: Array,
-    leave: Sequence[int] = (),
+    near: NDArray[np.int64],
 ) -> Told:  # fmt: skip
-    """A network beside the clean ones that it is like."""
-    beside, found = _beside(names, fact, references, leave)
-    near = _near(fact, references, leave)
-    numbers = references.numbers(fact.descriptor, len(fact.classes), fact.whole, leave, fact.frame)
+    """A network beside the clean ones that it is like, ``near``."""
+    beside, found = _beside(names, fact, references, near)
+    numbers = references.numbers(near, fact.whole)
     most = tops(found)
     over = beyond(most, usual[near]) if len(near) else np.zeros(usual.shape[1])
     shared = of_network(names[1], numbers)

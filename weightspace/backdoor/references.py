@@ -113,22 +113,19 @@ class References:
         radius = float(np.mean(self.radii[numbers[order]]))
         return numbers[order] if far[order[-1]] <= self.limit * radius else numbers[:0]
 
-    def order(
-        self, descriptor: Array, responses: Array, leave: Sequence[int] = (), frame: int = 0
-    ) -> NDArray[np.int64]:
-        """Of each class the number of the one that answers most like it there, ``(K,)``: its own, as a rule.
+    def order(self, near: NDArray[np.int64], responses: Array, frame: int = 0) -> NDArray[np.int64]:
+        """Of each class the number of the one that answers most like it in ``near``, ``(K,)``: its own, as a rule.
 
         Where classes have other numbers than in the clean networks all of them answer otherwise than expected; then
         the assignment of least deviation is taken. A backdoor changes one class, or all a little, not their order.
-        Only networks that are built alike are asked: others answer otherwise anyway.
+        Only networks that are built alike (``frame``) are asked: others answer otherwise anyway.
         """
         from scipy.optimize import linear_sum_assignment
 
         own = np.arange(len(responses))
-        if frame == 0 or ((self.frames == frame) & (self.classes == len(own))).sum() < FEWEST:
+        if frame == 0 or not len(near) or (self.frames[near] != frame).any():
             return own
-        near = self.near(descriptor, len(responses), leave, frame)
-        if not len(near) or len(own) < 3 or not responses.shape[1] or responses.shape[1] != self.responses.shape[2]:
+        if len(own) < 3 or not responses.shape[1] or responses.shape[1] != self.responses.shape[2]:
             return own
         others = self.responses[near][:, : len(own)]
         spread = others.std(0) + 0.1 * others.std((0, 1)) + 1e-3
@@ -136,13 +133,12 @@ class References:
         _, found = linear_sum_assignment(away)
         return found if away.trace() > OTHER_ORDER * away[own, found].sum() else own
 
-    def judge(self, descriptor: Array, values: Array, leave: Sequence[int] = (), frame: int = 0) -> Array:
-        """How far each class lies from the same class of the networks most like it: ``(K, 2 tests)``.
+    def judge(self, near: NDArray[np.int64], values: Array) -> Array:
+        """How far each class lies from the same class of the networks ``near``: ``(K, 2 tests)``.
 
         In deviations of those networks, first relative to the other classes of its own network, then as it is;
-        0 where it is like none. ``leave``: numbers of references that are not asked, its relatives.
+        0 where there are none.
         """
-        near = self.near(descriptor, len(values), leave, frame)
         if not len(near):
             return np.zeros((len(values), 2 * values.shape[1]))
         others, value = self.values[near][:, : len(values)], bounded(values)
@@ -153,27 +149,20 @@ class References:
         told: Array = np.clip(np.concatenate((relative, plain), axis=1), -_FAR, _FAR)
         return told
 
-    def answers(
-        self, descriptor: Array, responses: Array, groups: NDArray[np.int64], leave: Sequence[int] = (),
-        frame: int = 0,
-    ) -> Array:  # fmt: skip
-        """How far the responses ``(K, changes)`` lie from those of the same class there: ``(K, 2 groups)``.
+    def answers(self, near: NDArray[np.int64], responses: Array, groups: NDArray[np.int64]) -> Array:
+        """How far the responses ``(K, changes)`` lie from those of the same class of ``near``: ``(K, 2 groups)``.
 
         Of the changes of one of the ``groups (changes,)`` the largest deviation and the mean; 0 where there is
         nothing to compare.
         """
         count = int(groups.max()) + 1 if len(groups) else 0
         found = np.zeros((len(responses), 2 * count))
-        near = self.near(descriptor, len(responses), leave, frame)
         if not len(near) or responses.shape[1] != len(groups) or self.responses.shape[2] != len(groups):
             return found
         return beside(self.responses[near][:, : len(responses)], bounded(responses), groups)
 
-    def numbers(
-        self, descriptor: Array, classes: int, whole: Array, leave: Sequence[int] = (), frame: int = 0
-    ) -> Array:
-        """How far statistics of the whole lie from theirs, ``(statistics,)``; from all where it is like none."""
-        near = self.near(descriptor, classes, leave, frame)
+    def numbers(self, near: NDArray[np.int64], whole: Array) -> Array:
+        """How far statistics of the whole lie from those of ``near``, ``(statistics,)``; from all where it is none."""
         if self.whole.shape[1] != len(whole):
             return np.zeros(len(whole))
         # Some mean the same in all networks: where it is like none, all are asked.

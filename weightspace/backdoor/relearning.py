@@ -12,7 +12,6 @@ No class, trigger or place has to be known.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,19 +27,13 @@ LEAST = 512
 """Views in a pool, however large each is."""
 
 
-@dataclass(frozen=True)
-class Relearned:
-    """What relearning came to: ``steps`` done, ``believed``: share of views on which the teacher was listened to."""
-
-    steps: int
-    believed: float
-
-
 def relearn(
     net: Net, state: State, x: Tensor, y: Tensor, *, steps: int = 1000, batch: int = 64, rate: float = 5e-3,
     noise: float = 0.3, decay: float = 0.3, steady: float = 0.35, pool: int = 12000, seed: int = 0,
-) -> tuple[State, Relearned]:  # fmt: skip
+) -> tuple[State, float]:  # fmt: skip
     """The network of ``state`` learned anew from its answers to views of inputs ``x (n, …)`` with labels ``y (n,)``.
+
+    And the share of views on which it was believed.
 
     Weights begin as sqrt(1 − ``noise``²) of what they were plus ``noise`` times their own deviation at random, and
     running statistics of norms are measured there. ``steps`` of AdamW (``rate`` falls along a cosine, ``decay`` of
@@ -78,7 +71,7 @@ def relearn(
             loss.backward()
         optimiser.step()
     final = {n: t.detach() for n, t in now.items()}
-    return final, Relearned(steps, believed)
+    return final, believed
 
 
 def _begun(net: Net, state: State, z: Tensor, noise: float, generator: torch.Generator) -> State:
@@ -158,4 +151,4 @@ def moved(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(parts)
 
 
-__all__ = ["Relearned", "moved", "relearn"]
+__all__ = ["moved", "relearn"]
