@@ -157,7 +157,7 @@ class References:
         """
         count = int(groups.max()) + 1 if len(groups) else 0
         found = np.zeros((len(responses), 2 * count))
-        if not len(near) or responses.shape[1] != len(groups) or self.responses.shape[2] != len(groups):
+        if not (len(near) and count) or responses.shape[1] != len(groups) or self.responses.shape[2] != len(groups):
             return found
         return beside(self.responses[near][:, : len(responses)], bounded(responses), groups)
 
