@@ -28,8 +28,8 @@ LEAST = 512
 
 
 def relearn(
-    net: Net, state: State, x: Tensor, y: Tensor, *, steps: int = 1000, batch: int = 64, rate: float = 5e-3,
-    noise: float = 0.3, decay: float = 0.3, steady: float = 0.35, pool: int = 12000, seed: int = 0,
+    net: Net, state: State, x: Tensor, y: Tensor, *, steps: int = 2000, batch: int = 64, rate: float = 5e-3,
+    noise: float = 0.5, decay: float = 0.3, steady: float = 0.35, pool: int = 12000, seed: int = 0,
 ) -> tuple[State, float]:  # fmt: skip
     """The network of ``state`` learned anew from its answers to views of inputs ``x (n, …)`` with labels ``y (n,)``.
 
