@@ -44,3 +44,8 @@ def test_weights_are_measured_by_what_is_usual_for_their_role() -> None:
     torch.testing.assert_close(scale.eval()(weights, roles), found, rtol=1e-2, atol=0)
     shift = torch.full((3,), ROLES.index("shift"))
     torch.testing.assert_close(scale(weights[:3], shift), weights[:3])
+    # Most weights of a role may have decayed to nothing; dividing by their size would leave no finite number.
+    decayed = torch.cat((torch.full((900, 9), 1e-41), torch.full((3, 9), 0.1))).float()
+    small = RunningScale().train()
+    assert small(decayed, torch.full((903,), ROLES.index("gain"))).isfinite().all()
+    assert float(small.scale[ROLES.index("gain")]) == pytest.approx(0.1)

@@ -51,6 +51,10 @@ class ReferenceMetanet(Metanet):
         return batch_of(items)
 
 
+# What weight decay has made of weights that nothing needs, down to the least number there is: no measure of anything.
+_NOTHING = 1e-8
+
+
 class RunningScale(nn.Module):
     """Divides weights by what is usual for tensors of their role: ``(n, P), (n,) roles -> (n, P)``.
 
@@ -75,7 +79,7 @@ class RunningScale(nn.Module):
     def _follow(self, weights: Tensor, roles: Tensor) -> None:
         size = weights.abs().amax(dim=1)
         for role in range(len(ROLES)):
-            own = size[(roles == role) & (size > 0)]
+            own = size[(roles == role) & (size > _NOTHING)]
             if own.numel():
                 self.seen[role] += 1
                 share = max(self.momentum, 1 / float(self.seen[role]))
