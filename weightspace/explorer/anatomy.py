@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightspace.errors import WeightspaceError
+from weightspace.graph.statistics import of_tensor
 from weightspace.progress import bar
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ _EXACT = 2_000_000_000
 _LEADING = 64
 _ODD = 6.0
 """Deviations (robust ones) from the median of its axis at which a channel is called odd."""
-_PIECE = 1 << 22
-"""Elements that are read, or squared, at once."""
+_PIECE = 1 << 24
+"""Elements that are squared at once."""
 
 
 @dataclass(frozen=True)
@@ -220,63 +221,26 @@ def layer(name: str, tensor: Tensor, role: str, axes: tuple[str, ...], wiring: W
 
     value = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     flat = value.reshape(-1)
-    total = _totals(flat)
+    whole = of_tensor(flat)
+    broken = whole.nan + whole.infinite
     empty, shape = np.zeros(0), tuple(tensor.shape)
-    if total.count == 0:
+    if whole.count == 0:
         nan = float("nan")
-        return Layer(name, role, shape, axes, nan, nan, nan, nan, nan, 0.0, total.broken, empty, empty, empty)
+        return Layer(name, role, shape, axes, nan, nan, nan, nan, nan, 0.0, broken, empty, empty, empty)
     some = flat[:: max(1, flat.numel() // _SAMPLE)].double()
-    bins = min(_BINS, max(8, int(min(total.count, _SAMPLE) ** 0.5)))
+    bins = min(_BINS, max(8, int(min(whole.count, _SAMPLE) ** 0.5)))
     counts, edges = empty, empty
     # No bins where doubles do not reach, or cannot tell them apart.
-    with contextlib.suppress(ValueError):
-        counts, edges = np.histogram(some[torch.isfinite(some)].numpy(), bins=bins, range=(total.low, total.high))
+    with contextlib.suppress(ValueError), np.errstate(all="ignore"):
+        counts, edges = np.histogram(some[torch.isfinite(some)].numpy(), bins=bins, range=(whole.min, whole.max))
     values, exact = (empty, True)
-    if role not in ("mean", "variance", "other") and value.dim() >= 2 and not total.broken:
+    if role not in ("mean", "variance", "other") and value.dim() >= 2 and not broken:
         values, exact = singular_values(matrix_of(name, value, wiring))
+    zeros = (flat.numel() - int(flat.count_nonzero())) / whole.count
     return Layer(
-        name, role, shape, axes, total.mean, (total.apart / total.count) ** 0.5, total.low, total.high,
-        total.square**0.5, total.zeros / total.count, total.broken, counts.astype(float), edges, values, exact,
+        name, role, shape, axes, whole.mean, whole.std, whole.min, whole.max, whole.norm, zeros, broken,
+        counts.astype(float), edges, values, exact,
     )  # fmt: skip
-
-
-@dataclass
-class _Totals:
-    """Over all finite elements: their number, mean, sum of squares, that of distances from the mean, range, zeros."""
-
-    count: int = 0
-    broken: int = 0
-    zeros: int = 0
-    mean: float = 0.0
-    square: float = 0.0
-    apart: float = 0.0
-    low: float = float("inf")
-    high: float = float("-inf")
-
-
-def _totals(flat: Tensor) -> _Totals:
-    """Read piece by piece, moments joined as by Chan, Golub & LeVeque (1979)."""
-    import torch
-
-    found = _Totals()
-    for piece in flat.split(_PIECE):
-        x = piece.float() if piece.is_floating_point() and piece.itemsize < 8 else piece.double()
-        # An infinity among them, or nothing at all, shows in the range.
-        if not x.numel() or not torch.stack(x.aminmax()).isfinite().all():
-            x = x[x.isfinite()]
-            found.broken += piece.numel() - x.numel()
-            if not x.numel():
-                continue
-        count, (low, high) = x.numel(), x.aminmax()
-        variance, mean = (float(v) for v in torch.var_mean(x, correction=0))
-        step, whole = mean - found.mean, found.count + count
-        found.apart += variance * count + (step * step * found.count * count / whole if found.count else 0.0)
-        found.square += (variance + mean * mean) * count
-        found.mean += step * count / whole
-        found.count = whole
-        found.zeros += count - int(x.count_nonzero())
-        found.low, found.high = min(found.low, float(low)), max(found.high, float(high))
-    return found
 
 
 def matrix_of(name: str, value: Tensor, wiring: Wiring | None) -> Tensor:

@@ -67,6 +67,13 @@ def statistics(graph: ParameterGraph, workers: int | None = None) -> dict[str, S
     return out
 
 
+def of_tensor(tensor: torch.Tensor, workers: int | None = None) -> Statistics:
+    """Statistics of one real tensor, in the same way."""
+    workers = workers or min(os.cpu_count() or 1, _MAX_WORKERS)
+    with ThreadPoolExecutor(workers, thread_name_prefix="statistics") as pool:
+        return _of(tensor, pool, workers)
+
+
 @dataclass
 class _Sums:
     """Sums over elements shifted by ``pivot``, so that a large mean does not eat the variance."""
