@@ -13,6 +13,7 @@ from tests.lineage.trees import PARENTS, family, write
 from weightspace.checkpoint import from_tensors
 from weightspace.errors import WeightspaceError, ZooError
 from weightspace.lineage import Lineage, trace
+from weightspace.lineage.commands import lines
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,10 @@ def test_every_form_of_the_result_has_every_edge(found: Lineage) -> None:
     assert len(plain["edges"]) == len(found.edges) == len(found.table()) == graph.number_of_edges()
     text = repr(found)
     assert all(model in text for model in found.models)
+    assert text.splitlines() == lines(found)
+    # Beside a table there is no tree, however deep.
+    assert not any("└─" in line for line in lines(found, tree=False))
+    assert lines(found, tree=False)[1:] == [f"  disagrees: {d}" for d in found.disagreements]
 
 
 def test_without_their_parent_children_are_relatives_and_no_parent_is_made_up() -> None:

@@ -24,9 +24,8 @@ def run(models: Sequence[str], out: Path | None = None, moved: int = 8, progress
 
 
 def lines(found: Lineage, tree: bool = True) -> list[str]:
-    """What is printed: the forest in lines, disagreements with what files say, and what was left out."""
-    said = repr(found).splitlines()
-    return said if tree else [said[0], *(line for line in said if line.startswith("  "))]
+    """What is printed: the forest in lines (or not), disagreements with what files say, and what was left out."""
+    return repr(found).splitlines() if tree else [found.headline, *found.remarks()]
 
 
 def _written(found: Lineage, suffix: str) -> bytes:

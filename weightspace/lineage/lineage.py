@@ -140,20 +140,28 @@ class Lineage:
         return "\n".join(self._lines())
 
     def __repr__(self) -> str:
+        return "\n".join([self.headline, *self._lines(), *self.remarks()])
+
+    @property
+    def headline(self) -> str:
+        """How many models, families and edges, in a line."""
         families = sum(len(f) > 1 for f in self.families)
         merges = len({e.child for e in self.edges if e.kind == "merge"})
         said = f"{len(self.models)} models, {families} {'family' if families == 1 else 'families'}"
         said += f", {len(self.edges)} edge{'' if len(self.edges) == 1 else 's'}"
         said += f", {merges} merge{'' if merges == 1 else 's'}" if merges else ""
         parts = [said, f"{len(self.strangers)} without relatives"]
-        lines = [f"Lineage({'; '.join(parts)}; {self.seconds:.1f} s)", *self._lines()]
-        lines += [f"  disagrees: {d}" for d in self.disagreements[:10]]
+        return f"Lineage({'; '.join(parts)}; {self.seconds:.1f} s)"
+
+    def remarks(self) -> list[str]:
+        """Disagreements with what files say, and what was left out, a line each; of many the first."""
+        lines = [f"  disagrees: {d}" for d in self.disagreements[:10]]
         if len(self.disagreements) > 10:
             lines.append(f"  … {len(self.disagreements) - 10} more disagreements")
         lines += [f"  left out {m}: {why}" for m, why in list(self.left_out.items())[:5]]
         if len(self.left_out) > 5:
             lines.append(f"  … {len(self.left_out) - 5} more left out")
-        return "\n".join(lines)
+        return lines
 
     def _lines(self) -> Iterator[str]:
         below: dict[str, list[Edge]] = {}
