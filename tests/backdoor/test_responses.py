@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import weightspace as ws
-from weightspace.backdoor import evidence as evidence_module
+from weightspace.backdoor import pictures as pictures_module
 from weightspace.backdoor.evidence import evidence
 from weightspace.backdoor.pictures import EACH, KINDS, LOUDEST, pictures, shown
 from weightspace.backdoor.references import FEWEST, References
@@ -23,6 +23,8 @@ from weightspace.backdoor.surprise import SUMMARY, beyond, families, rarity, sum
 SHAPE = (1, 12, 12)
 CLASSES = 5
 Logits = Callable[[Tensor], Tensor]
+
+NONE = np.zeros(0, dtype=np.int64)
 
 
 def linear(seed: int = 0, wave: float = 0.0, square: float = 0.0) -> Logits:
@@ -87,15 +89,19 @@ def test_a_class_that_answers_waves_stands_out_beside_clean_networks() -> None:
     waves = groups.index("waves strokes margin")
 
     def judged(logits: Logits) -> np.ndarray:
-        return references.answers(at, responses(logits, SHAPE, CLASSES).numpy(), numbers, frame=7)
+        near = references.near(at, CLASSES, frame=7)
+        return references.answers(near, responses(logits, SHAPE, CLASSES).numpy(), numbers)
 
     odd, usual = judged(linear(99, wave=12)), judged(linear(99))
     assert odd[:, waves].argmax() == 3
     assert odd[3, waves] > 2 * usual[:, waves].max()
     again = References.of(references.tensors())
-    told = again.answers(at, responses(linear(99, wave=12), SHAPE, CLASSES).numpy(), numbers, frame=7)
+    told = again.answers(
+        again.near(at, CLASSES, frame=7), responses(linear(99, wave=12), SHAPE, CLASSES).numpy(), numbers
+    )
     assert np.allclose(told, odd, atol=0.3)
-    assert not references.answers(at + 100, clean[0], numbers, frame=7).any(), "like none of them"
+    assert not len(references.near(at + 100, CLASSES, frame=7)), "like none of them"
+    assert not references.answers(NONE, clean[0], numbers).any()
 
 
 def test_classes_with_other_numbers_are_put_in_order() -> None:
@@ -107,10 +113,12 @@ def test_classes_with_other_numbers_are_put_in_order() -> None:
     own = usual + 0.3 * rng.normal(size=usual.shape)
     own[4] += 3  # one class is odd: no reason to doubt the others' numbers
     at = np.zeros(20)
-    assert references.order(at, own, frame=7).tolist() == list(range(6))
+    beside = references.near(at, 6, frame=7)
+    assert references.order(beside, own, frame=7).tolist() == list(range(6))
     shuffled = np.array([2, 0, 1, 5, 3, 4])
-    assert references.order(at, own[shuffled], frame=7).tolist() == shuffled.tolist()
-    assert references.order(at + 100, own[shuffled], frame=7).tolist() == list(range(6)), "like none of them"
+    assert references.order(beside, own[shuffled], frame=7).tolist() == shuffled.tolist()
+    assert references.order(NONE, own[shuffled], frame=7).tolist() == list(range(6)), "like none of them"
+    assert references.order(beside, own[shuffled], frame=8).tolist() == list(range(6)), "built otherwise"
 
 
 def test_those_built_alike_are_asked_alone() -> None:
@@ -152,7 +160,7 @@ def test_large_networks_are_not_put_to_it(monkeypatch: pytest.MonkeyPatch) -> No
     found = evidence(wiring, tensors)
     assert found.responses.shape == (4, len(columns()))
     assert not set(STAMP_TESTS) & set(found.missing)
-    monkeypatch.setattr(evidence_module, "LARGEST", 10)
+    monkeypatch.setattr(pictures_module, "LARGEST", 10)
     less = evidence(wiring, tensors)
     assert less.responses.shape == (4, 0)
     assert set(STAMP_TESTS) <= set(less.missing)

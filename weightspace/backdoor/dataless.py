@@ -13,11 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from weightspace.backdoor.margins import patch_side
 from weightspace.backdoor.outputs import class_axis
-from weightspace.backdoor.pictures import shown
+from weightspace.backdoor.pictures import LARGEST, picture_shape, shown
 from weightspace.backdoor.relearning import relearn
-from weightspace.backdoor.responses import LARGEST
 from weightspace.backdoor.running import Net, State, accuracy, logits
 from weightspace.backdoor.subspace import Subspace
 from weightspace.backdoor.triggers import made_up
@@ -67,19 +65,14 @@ def pictured(net: Net) -> tuple[int, int, int]:
     Raises ``WeightspaceError`` where it reads something else, where asking it so many would take too long, and where
     its norms keep means and variances of the data: those of made-up pictures are far from them, and so is the network.
     """
-    program = net.wiring.program
-    assert program is not None
-    example = program.args[0] if program.args else None
-    shape = tuple(int(n) for n in example.shape[1:]) if isinstance(example, Tensor) else ()
-    numbers = sum(net.state[name].numel() for name in net.learned)
-    if not isinstance(example, Tensor) or not example.is_floating_point() or not patch_side(shape):
-        wrong = f"reads inputs of shape {shape}, no images of at least 8 × 8 pixels"
-    elif numbers * shape[1] * shape[2] > LARGEST:
-        wrong = f"has {numbers:,} parameters and reads {shape[1]} × {shape[2]} pixels, more than {LARGEST:.0e} together"
-    elif any(net.wiring.roles.get(name) in ("mean", "variance") for name in net.state):
-        wrong = "keeps statistics of its data in norms, which pictures that are made up do not have"
-    else:
-        return shape[0], shape[1], shape[2]
+    shape = picture_shape(net.wiring, net.state)
+    still = any(net.wiring.roles.get(name) in ("mean", "variance") for name in net.state)
+    if shape is not None and not still:
+        return shape
+    wrong = (
+        "keeps statistics of its data in norms, which pictures that are made up do not have" if shape is not None else
+        f"reads no images of at least 8 × 8 pixels, or parameters times pixels are more than {LARGEST:.0e}"
+    )  # fmt: skip
     raise WeightspaceError(
         f"without inputs this network is not relearned: it {wrong}. Give about 100 clean inputs, or name no method"
     )

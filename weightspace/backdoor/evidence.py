@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weightspace.backdoor.differences import CHANGE_TESTS, change_of, change_of_channels, change_tests
-from weightspace.backdoor.margins import MOST, Box, explore, patch_side
+from weightspace.backdoor.margins import MOST, Box, explore
 from weightspace.backdoor.null import CHANGES, cauchy, class_p_values, largest_p_value, outlier
 from weightspace.backdoor.outputs import ClassAxis, check_finite, class_axis, parts_of
-from weightspace.backdoor.responses import LARGEST, responses
+from weightspace.backdoor.pictures import picture_shape
+from weightspace.backdoor.responses import responses
 from weightspace.backdoor.spectra import by_factor, folded, isolation, leading, lipschitz
 from weightspace.backdoor.stamps import STAMP_TESTS, stamp_tests
 from weightspace.backdoor.tokens import TOKEN_TESTS, explore_words, vocabulary
@@ -190,10 +191,9 @@ def _through_inputs(
         return explore_words(logits, example.shape[1], words, axis.classes, generator), {}, none
     shape = tuple(int(n) for n in example.shape[1:])
     found = explore(logits, shape, axis.classes, box_of(wiring, inputs), generator, inputs, thorough)
-    size = sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    if not patch_side(shape) or size * shape[1] * shape[2] > LARGEST or axis.classes > MOST:
+    image = picture_shape(wiring, tensors)
+    if image is None or axis.classes > MOST:
         return found, {}, none
-    image = (shape[0], shape[1], shape[2])
     targets = torch.arange(axis.classes)
     stamps, numbers = stamp_tests(logits, image, axis.classes, targets, inputs)
     return found | stamps, numbers, responses(logits, image, axis.classes)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weightspace.backdoor.directions import bases, excited, touching
 from weightspace.backdoor.outputs import ClassAxis, class_axis
+from weightspace.backdoor.pictures import picture_shape, shown
 from weightspace.backdoor.subnets import separation
 from weightspace.backdoor.subspace import Basis, Subspace, rank
 from weightspace.backdoor.triggers import NOISE, Run, Trigger, inverted, made_up, words_of
@@ -67,7 +68,7 @@ def locate(
             targets = (target,) if target is not None else _raised(wiring, given, apart.group, axis)
             return _subspace(targets, apart.scores, touching(wiring, given, apart.group),
                              sum(len(index) for index in apart.group.values()), "cut", facts)  # fmt: skip
-        found, order = _search(run, wiring, axis.classes, target, inputs, seed)
+        found, order = _search(run, wiring, given, axis.classes, target, inputs, seed)
     else:
         found, order = _shown(run, trigger, axis.classes, target)
     facts |= {"loss": round(found.loss, 6), "success": round(found.success, 4)}
@@ -119,10 +120,11 @@ def _shown(
 
 
 def _search(
-    run: Run, wiring: Wiring, classes: int, target: int | None, inputs: Tensor | None, seed: int
-) -> tuple[Trigger, tuple[int, ...]]:
+    run: Run, wiring: Wiring, tensors: Mapping[str, Tensor], classes: int, target: int | None,
+    inputs: Tensor | None, seed: int,
+) -> tuple[Trigger, tuple[int, ...]]:  # fmt: skip
     """The trigger for the class that needs least, and the classes from the one that needs least on."""
-    x = made_up(wiring, run, classes, NOISE, seed) if inputs is None else inputs
+    x = _stand_ins(run, wiring, tensors, classes, seed) if inputs is None else inputs
     words = 0 if x.is_floating_point() else max(words_of(wiring), int(x.max()) + 1)
     order = [target] if target is not None else []
     if target is None:
@@ -134,6 +136,15 @@ def _search(
         others = x[run(x).argmax(1) != order[0]]
     (found,) = inverted(run, others if len(others) else x, [order[0]], words=words, seed=seed)
     return found, tuple(k for k in order if k is not None)
+
+
+def _stand_ins(run: Run, wiring: Wiring, tensors: Mapping[str, Tensor], classes: int, seed: int) -> Tensor:
+    """Inputs for want of data: pictures for a network that reads images, else what climbed to the classes."""
+    shape = picture_shape(wiring, tensors)
+    if shape is None:
+        return made_up(wiring, run, classes, NOISE, seed)
+    x = shown(run, shape, classes, seed)
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:NOISE]]
 
 
 def _raised(

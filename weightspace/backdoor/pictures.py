@@ -7,22 +7,37 @@ Lee, Mumford & Huang 2001; as a stand-in for data: Baradad et al. 2021), and are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weightspace.backdoor.margins import patch_side
+from weightspace.wiring.wiring import Wiring
+
 KINDS = ("strokes", "leaves")
 SHAPES = 12
 """Shapes of a picture."""
 POINTS = 24
 """Points that a stroke is drawn through."""
+LARGEST = 1e8
+"""Parameters times pixels from which on asking pictures would take too long."""
 DRAWN, EACH = 3000, 200
 """Pictures of each kind that ``shown`` chooses from, and how many it chooses of each class."""
 LOUDEST = 3.0
 """Largest tone of a picture that is shown, in deviations; those of images that are standardised end about there."""
+
+
+def picture_shape(wiring: Wiring, tensors: Mapping[str, Tensor]) -> tuple[int, int, int] | None:
+    """``(channels, height, width)`` of the images that a network reads; None where it reads none or is too large."""
+    example = wiring.program.args[0] if wiring.program is not None and wiring.program.args else None
+    if not isinstance(example, Tensor) or not example.is_floating_point() or not patch_side(tuple(example.shape[1:])):
+        return None
+    channels, height, width = (int(n) for n in example.shape[1:])
+    numbers = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    return None if numbers * height * width > LARGEST else (channels, height, width)
 
 
 @lru_cache(maxsize=16)
@@ -94,4 +109,4 @@ def _grid(height: int, width: int) -> Tensor:
     return torch.stack(torch.meshgrid(*lines, indexing="ij"), 2)
 
 
-__all__ = ["KINDS", "leaves", "pictures", "shown", "strokes"]
+__all__ = ["KINDS", "leaves", "picture_shape", "pictures", "shown", "strokes"]

@@ -32,8 +32,6 @@ COUNT = 24
 STRENGTH = 0.15
 """Of waves, as a share of the picture's range."""
 FREQUENCIES = 8
-LARGEST = 1e8
-"""Parameters times pixels from which on it would take too long."""
 FLOOR, FAR = 0.1, 15.0
 """Share of the spread among classes that is added to the one among networks; largest deviation."""
 MEASURES = ("share", "margin")
@@ -161,4 +159,4 @@ def pulls(x: Tensor) -> list[Tensor]:
     ]  # fmt: skip
 
 
-__all__ = ["KINDS", "LARGEST", "MEASURES", "battery", "beside", "by_group", "columns", "group_numbers", "responses"]
+__all__ = ["KINDS", "MEASURES", "battery", "beside", "by_group", "columns", "group_numbers", "responses"]
