@@ -144,3 +144,15 @@ def test_lineage_takes_a_folder_or_models(folder: Path, tmp_path: Path) -> None:
     one = _run("lineage", folder / "net-1.safetensors")
     assert one.returncode == 1
     assert "1 model was given" in one.stderr
+
+
+def test_names_in_a_file_do_not_drive_the_terminal(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J[red]w"
+    save_file({f"{evil}.weight": torch.randn(3, 4), f"{evil}.bias": torch.randn(3)}, tmp_path / "model.safetensors")
+    (tmp_path / f"bad{evil}.safetensors").write_bytes(b"no tensors here")
+    for arguments in (["inspect", tmp_path / "model.safetensors"], ["index", tmp_path], ["inspect", tmp_path / evil]):
+        done = _run(*arguments)
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "\x07" not in done.stdout + done.stderr
+    assert r"\x1b" in done.stderr
+    assert "[red]w" in done.stderr

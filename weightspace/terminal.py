@@ -22,7 +22,9 @@ def to_stderr() -> bool:
     if sys.stderr.isatty():
         return True
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    formatter = logging.Formatter("%(message)s")
+    formatter.formatMessage = lambda record: visible(record.message)  # type: ignore[method-assign]
+    handler.setFormatter(formatter)
     logger = logging.getLogger("weightspace")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
@@ -40,9 +42,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
+def visible(text: str) -> str:
+    """Text with its control characters spelled out: names in files are a stranger's, and could drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(line: str) -> None:
     """A line as it is, never cut."""
-    open_console().print(line, highlight=False, markup=False, soft_wrap=True)
+    open_console().print(visible(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def show_report(report: IndexReport) -> None:
@@ -100,8 +107,6 @@ def show_neighbours(query: str, neighbours: list[Neighbour]) -> None:
 
 
 def show_card(card: Card) -> None:
-    from rich.markup import escape
-
     console = open_console()
     facts = [
         ("format", card.format),
@@ -130,7 +135,7 @@ def show_card(card: Card) -> None:
         value = card.record.get(key)
         if value is not None:
             facts.append((key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)))
-    console.print(as_table(escape(card.name), ("", ""), facts))
+    console.print(as_table(card.name, ("", ""), facts))
     if card.axes:
         shown = [axis for axis in card.axes if axis.detail != "kernel positions" and axis.size > 1]
         rows = [(axis.name, f"{axis.size:,}", axis.kind, str(axis.tensors), axis.detail) for axis in shown]
@@ -143,9 +148,9 @@ def as_table(title: str, columns: tuple[str, ...], rows: Any) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", show_header=any(columns), header_style="bold")
+    table = Table(title=escape(visible(title)), title_justify="left", show_header=any(columns), header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(escape(visible(str(cell))) for cell in row))
     return table

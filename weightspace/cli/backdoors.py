@@ -10,7 +10,7 @@ import typer
 
 from weightspace.cli.base import Json, app
 from weightspace.errors import WeightspaceError
-from weightspace.terminal import as_table, open_console, say
+from weightspace.terminal import as_table, open_console, say, visible
 
 
 @app.command()
@@ -42,7 +42,7 @@ def scan(
         )  # fmt: skip
     except WeightspaceError as error:
         # Exit code 1 says that a model was flagged.
-        print(f"weightspace: {error}", file=sys.stderr)
+        print(visible(f"weightspace: {error}"), file=sys.stderr)
         raise typer.Exit(2) from None
     if as_json:
         if found:
@@ -78,4 +78,4 @@ def excise(
     from weightspace.backdoor.commands import taken_out
 
     found = taken_out(model, out, target=target, inputs=inputs, method=method, seed=seed)
-    print(found.to_json(indent=2) if as_json else repr(found))
+    print(found.to_json(indent=2) if as_json else visible(repr(found)))

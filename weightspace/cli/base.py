@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from weightspace.errors import MetanetError, WeightspaceError
+from weightspace.terminal import visible
 
 app = typer.Typer(
     name="weightspace",
@@ -30,7 +31,7 @@ def main() -> None:
     try:
         app()
     except WeightspaceError as error:
-        print(f"weightspace: {error}", file=sys.stderr)
+        print(visible(f"weightspace: {error}"), file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:
         # The reader of our output (head, less) has gone away.
