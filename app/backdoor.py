@@ -97,14 +97,20 @@ def take_out(shelf: Shelf, name: str, target: int | None, base: str | None, file
              subspace: str | None) -> None:  # fmt: skip
     """Excise, scan again, compare."""
     st.subheader("Take it out", anchor=False)
-    of = [shelf.content(name), target, subspace, file]
+    anew = file is None and st.checkbox(
+        "Learn it anew from made-up pictures", key="anew",
+        help="For networks that read images, where no examples are at hand: does more than projecting, but costs "
+             "accuracy, which cannot be told without data",
+    )  # fmt: skip
+    method = "relearn" if anew else None
+    of = [shelf.content(name), target, subspace, file, method]
     if ui.begun(EXCISE, of) is None and not st.button("Excise", icon=":material/content_cut:"):
-        st.caption("Without examples what was located is pruned or projected out; with a few clean inputs it is "
-                   "unlearned, which keeps more of the accuracy.")  # fmt: skip
+        st.caption("Without examples what was located is pruned or projected out, which changes little. With about a "
+                   "hundred clean inputs the network is learned anew from its own answers.")  # fmt: skip
         return
     stem = Path(name.removeprefix(UPLOAD)).stem
     out = ui.here().private / "excised" / key_of(*of)[:24] / f"{stem}-excised.safetensors"
-    done = ui.work("Excising", EXCISE, shelf.address(name), subspace, target, file, str(out), of=of)
+    done = ui.work("Excising", EXCISE, shelf.address(name), subspace, target, file, method, str(out), of=of)
     if done is None:
         return
     if not done["changed"]:

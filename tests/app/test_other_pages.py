@@ -71,3 +71,13 @@ def test_a_backdoor_is_looked_for_and_located(page: Page) -> None:
     assert "lagged: " in said or "detector" in said
     app = press(app, "Locate")
     assert "elements:" in texts(app)
+
+
+def test_a_backdoor_is_taken_out_with_no_examples(page: Page) -> None:
+    app = press(page("backdoor", model="mlp-1.safetensors"), "Locate")
+    app = press(app, "Excise")
+    said = texts(app)
+    assert "rojected: " in said or "Nothing was changed" in said
+    # The perceptron reads rows of numbers: no picture says anything to it.
+    app = press(app.checkbox(key="anew").check().run(), "Excise")
+    assert "reads no images" in texts(app) + " ".join(e.value for e in app.error)

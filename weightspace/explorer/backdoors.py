@@ -55,8 +55,10 @@ def locate(address: str, target: int | None, base: str | None, file: str | None,
     }  # fmt: skip
 
 
-def excise(address: str, subspace: str | None, target: int | None, file: str | None, out: str) -> dict[str, Any]:
-    """Take the backdoor out and write the result; what was done, as plain values."""
+def excise(
+    address: str, subspace: str | None, target: int | None, file: str | None, method: str | None, out: str
+) -> dict[str, Any]:  # fmt: skip
+    """Take the backdoor out (``method`` as ``ws.excise`` takes it) and write the result; what was done, as values."""
     from weightspace.backdoor.excise import excise as take_out
     from weightspace.backdoor.subspace import Subspace
 
@@ -64,7 +66,7 @@ def excise(address: str, subspace: str | None, target: int | None, file: str | N
     report = None if subspace is None else Subspace.load(subspace)
     Path(out).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with bar("excising", 1) as step:
-        done = take_out(address, report, target=target, inputs=x, labels=y, out=out)
+        done = take_out(address, report, target=target, inputs=x, labels=y, out=out, method=method)
         step("")
     found: dict[str, Any] = json.loads(done.to_json())
     return {**found, "changed": done.changed}
