@@ -15,7 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.comparison import ANSWERING, OURS, REFERENCES, Results, Split, parser, run_metanet, table, wanted
+from tests.benchmarks.comparison import (
+    ANSWERING,
+    OURS,
+    REFERENCES,
+    Results,
+    Row,
+    Split,
+    parser,
+    run_metanet,
+    show,
+    table,
+    wanted,
+)
 from tests.benchmarks.metanet_accuracy import run_flat, scores
 from weightspace.metanets.data import Sample, load_samples, split
 
@@ -49,11 +61,26 @@ def main() -> None:
             kept = [[s for s in part if s.record["population"] != family] for part in (train, validation)]
             unseen = [s for s in samples if s.record["population"] == family]
             run(Split(kept[0], kept[1], {family: unseen}), family, seed, options, results)
+    print("\ntau within each family, trained on all of them and (left out) on the others\n")
+    print(by_family(results.rows, families))
     print("\ntrained on all families, tested on other runs\n")
     print(table(results.find(without=""), ("tau", "r2", "mae", "seconds"), ("method", "test")))
     print("\ntrained without the family that is tested on\n")
     left = [r for r in results.rows if r["without"]]
     print(table(left, ("tau", "r2", "mae"), ("method", "test")))
+
+
+def by_family(rows: Sequence[Row], families: Sequence[str]) -> str:
+    """A Markdown table of τ: a line per method, a column per family; empty where it was not run."""
+    columns = [*families, "all"]
+    lines = [" | ".join(["method", *columns, "seeds"]), " | ".join(["---"] * (len(columns) + 2))]
+    for method, out in dict.fromkeys((r["method"], bool(r["without"])) for r in rows):
+        own = [r for r in rows if r["method"] == method and bool(r["without"]) == out]
+        cells = [[r["tau"] for r in own if r["test"] == c] for c in columns]
+        seeds = str(len({r["seed"] for r in own}))
+        name = f"{method}, family left out" if out else method
+        lines.append(" | ".join([name, *(show(c) if c else "" for c in cells), seeds]))
+    return "\n".join(lines)
 
 
 def run(parts: Split, without: str, seed: int, options: argparse.Namespace, results: Results) -> None:
