@@ -39,6 +39,8 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "scalegmn, both": {"kind": "scalegmn", "hidden": 24, "layers": 3, "direction": "both"},
 }
 ANSWERING |= {f"{name}, answers": {**config, "dropout": 0.2, "answers": True} for name, config in REFERENCES.items()}
+# And learned images beside the noise; all networks of a population do one task.
+ANSWERING |= {f"{name} and questions": {**config, "questions": 32} for name, config in ANSWERING.items()}
 
 
 @dataclass(frozen=True)

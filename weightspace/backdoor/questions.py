@@ -1,10 +1,9 @@
 """Learned questions: inputs that a detector puts to a network, and what it reads in the answers.
 
 Meta neural trojan analysis (Xu et al. 2021) tunes a handful of inputs so that the answers of a network to them tell
-poisoned from clean ones. Here the inputs come from a deep linear generator, whose images are smooth and few in kind
-(Kahana et al. 2024, "Deep linear probe generators"), and fit images of any size and channels: they are drawn at 16 × 16
-and resized. The answers are read class by class, each relative to the others of the same network and by one function
-for all, so no class is known by its number. A network that takes no images is asked nothing.
+poisoned from clean ones. Here the inputs are ``weightspace.metanets.questions.LearnedImages``. The answers are read
+class by class, each relative to the others of the same network and by one function for all, so no class is known by its
+number. A network that takes no images is asked nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from weightspace.backdoor.detector import loss
 from weightspace.backdoor.outputs import ClassAxis
 from weightspace.errors import MetanetError
+from weightspace.metanets.questions import SIDE, LearnedImages
 
 if TYPE_CHECKING:
     from weightspace.wiring.wiring import Wiring
 
 CONFIG: dict[str, Any] = {"questions": 24, "latent": 32, "hidden": 32, "dropout": 0.2}
-_SIDE, _RANGE, _TOGETHER = 16, 3.0, 8
+_TOGETHER = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,38 +49,22 @@ class Asked:
         return int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
 
 
-class Questions(nn.Module):
+class Questions(LearnedImages):
     """Answers of networks to learned images, to logits of clean, each class, all-to-all (see ``detector``)."""
 
     def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = {**CONFIG, **config}
-        count, latent, hidden = (int(self.config[k]) for k in ("questions", "latent", "hidden"))
+        own = {**CONFIG, **config}
+        count, hidden = int(own["questions"]), int(own["hidden"])
+        super().__init__(count, int(own["latent"]))
+        self.config = own
         drop = float(self.config["dropout"])
-        self.codes = nn.Parameter(torch.randn(count, latent))
-        self.coarse = nn.Linear(latent, 64 * 16)
-        self.finer = nn.Sequential(
-            nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.Conv2d(16, 3, 3, 1, 1)
-        )
         self.inner = nn.Sequential(nn.Dropout(drop), nn.Linear(2 * count, hidden), nn.GELU(), nn.Dropout(drop))
         self.score = nn.Sequential(nn.Linear(3 * hidden, hidden), nn.GELU(), nn.Linear(hidden, 1))
         self.whole = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.GELU(), nn.Linear(hidden, 2))
 
-    def images(self, shape: tuple[int, int, int]) -> Tensor:
-        """The questions as images ``(questions, channels, height, width)`` in standardised units, within ±3."""
-        x = self.finer(self.coarse(self.codes).view(-1, 64, 4, 4))
-        x = 2 * x / x.flatten(1).std(1).view(-1, 1, 1, 1).clamp_min(1e-3)
-        if shape[0] != 3:
-            # The mean of three channels varies less than each.
-            x = 3**0.5 * x.mean(1, keepdim=True).expand(-1, shape[0], -1, -1)
-        if shape[1:] != (_SIDE, _SIDE):
-            x = F.interpolate(x, shape[1:], mode="bilinear", align_corners=False)
-        found: Tensor = _RANGE * torch.tanh(x / _RANGE)
-        return found
-
     def forward(self, networks: Sequence[Asked]) -> Tensor:
         """Logits ``(networks, 1 + K + 1)`` of networks that share one wiring."""
-        return self.read(answers(networks, self.images(networks[0].shape or (1, _SIDE, _SIDE))))
+        return self.read(answers(networks, self.images(networks[0].shape or (1, SIDE, SIDE))))
 
     def read(self, z: Tensor) -> Tensor:
         """The same from answers ``(networks, questions, K)``."""

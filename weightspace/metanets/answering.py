@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from weightspace.errors import MetanetError
 from weightspace.metanets.answers import ANSWERS, answers
 from weightspace.metanets.base import Metanet, build_metanet
+from weightspace.metanets.questions import Asked, LearnedQuestions, asked
 
 if TYPE_CHECKING:
     from weightspace.graph import ParameterGraph
@@ -19,29 +20,34 @@ if TYPE_CHECKING:
 _FAR = 4.0
 # Steps of the training on answers alone, networks in each, its learning rate and weight decay.
 _STEPS, _BATCH, _RATE, _DECAY = 600, 32, 3e-3, 0.1
+# Learning rate of questions: they are images, and move less.
+_ASKING = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A network as the inner metanet wants it, and its answers ``(ANSWERS,)``."""
+    """A network as the inner metanet wants it, its answers ``(ANSWERS,)``, and what is asked learned questions."""
 
     inner: Any
     answers: Tensor
+    asked: Asked | None
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Several of them: the inner metanet's batch, and ``answers (networks, ANSWERS)``."""
+    """Several of them: the inner metanet's batch, ``answers (networks, ANSWERS)``, and networks to be asked."""
 
     inner: Any
     answers: Tensor
+    asked: Sequence[Asked | None]
 
     @property
     def size(self) -> int:
         return len(self.answers)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.inner.to(device), self.answers.to(device))
+        asked = [a and a.to(device) for a in self.asked]
+        return Batch(self.inner.to(device), self.answers.to(device), asked)
 
 
 class Answering(Metanet):
@@ -51,40 +57,53 @@ class Answering(Metanet):
     with as many features of the answers, which are standardised by what it was trained on. Networks have to have a
     program (see ``answers``). It keeps every symmetry that the inner metanet keeps.
 
-    A training begins with the answers alone, which takes seconds; what reads the weights then learns what they leave.
+    ``questions``: how many images are learned and put to networks that read images (``weightspace.metanets.questions``,
+    after Kahana et al. 2025), beside the fixed ones; answers to them are told class by class, of at most ``classes``,
+    so all networks should do one task.
+
+    A training begins with the answers alone, which takes seconds, with questions a few minutes; what reads the weights
+    then learns what they leave.
     """
 
     def __init__(
-        self, outputs: int = 1, *, inner: Mapping[str, Any] | None = None, width: int = 64, dropout: float = 0.2
-    ) -> None:
+        self, outputs: int = 1, *, inner: Mapping[str, Any] | None = None, width: int = 64, dropout: float = 0.2,
+        questions: int = 0, classes: int = 10,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if min(outputs, width) < 1:
-            raise MetanetError("outputs and width must be at least 1")
+        if min(outputs, width, classes) < 1 or questions < 0:
+            raise MetanetError("outputs, width and classes must be at least 1, and questions no fewer than 0")
         self.inner = build_metanet({**(inner or {"kind": "operator"}), "outputs": width})
         self.config = {
             "kind": "answering", "outputs": outputs, "inner": self.inner.config, "width": width, "dropout": dropout,
+            "questions": questions, "classes": classes,
         }  # fmt: skip
         self.scale = bool(getattr(self.inner, "scale", False))
         self.standard = _Standard(len(ANSWERS))
-        self.heard = nn.Sequential(nn.Linear(len(ANSWERS), width), nn.GELU(), nn.Dropout(dropout))
+        self.questions = LearnedQuestions(questions, classes) if questions else None
+        told = len(ANSWERS) + (self.questions.features if self.questions is not None else 0)
+        self.heard = nn.Sequential(nn.Linear(told, width), nn.GELU(), nn.Dropout(dropout))
         self.width = width
         self.joined = nn.Linear(2 * width, width)
         self.head = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(width, outputs))
 
     def begin(self, prepared: Callable[[], Sequence[Any]], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        heard = torch.stack([item.answers for item in prepared()]).to(self.joined.weight)
+        items = prepared()
+        heard = torch.stack([item.answers for item in items]).to(self.joined.weight)
         nothing = heard.new_zeros(_BATCH, self.width)
         self.train()
         self.standard(heard)
         own = [p for part in (self.heard, self.joined, self.head) for p in part.parameters()]
-        optimiser = torch.optim.AdamW(own, lr=_RATE, weight_decay=_DECAY)
+        asking = [] if self.questions is None else list(self.questions.parameters())
+        optimiser = torch.optim.AdamW([
+            {"params": own, "lr": _RATE, "weight_decay": _DECAY}, {"params": asking, "lr": _ASKING, "weight_decay": 0.0}
+        ])  # fmt: skip
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
         for _ in range(_STEPS):
             rows = torch.randperm(len(heard))[:_BATCH]
-            features = self.heard(self.standard(heard[rows], learn=False))
+            features = self._heard(heard[rows], [items[i].asked for i in rows.tolist()], learn=False)
             optimiser.zero_grad()
             loss(self.head(self.joined(torch.cat((features, nothing[: len(rows)]), dim=1))), rows).backward()
-            nn.utils.clip_grad_norm_(own, 1.0)
+            nn.utils.clip_grad_norm_([*own, *asking], 1.0)
             optimiser.step()
             schedule.step()
         optimiser.zero_grad()
@@ -92,20 +111,29 @@ class Answering(Metanet):
             # What reads the weights has said nothing so far.
             self.joined.weight[:, self.width :] = 0
 
+    def _heard(self, answers: Tensor, networks: Sequence[Asked | None], learn: bool = True) -> Tensor:
+        """Features ``(networks, width)`` of the answers to fixed questions, and to learned ones."""
+        told = self.standard(answers, learn=learn)
+        if self.questions is not None:
+            told = torch.cat((told, self.questions(networks).to(told)), dim=1)
+        found: Tensor = self.heard(told)
+        return found
+
     def prepare(self, graph: ParameterGraph) -> Item:
-        return Item(self.inner.prepare(graph), answers(graph))
+        inner = self.inner.prepare(graph)
+        return Item(inner, answers(graph), asked(graph) if self.questions is not None else None)
 
     @property
     def preparation(self) -> Hashable:
-        return "answering", self.inner.preparation
+        return "answering", self.questions is not None, self.inner.preparation
 
     def collate(self, items: Sequence[Item]) -> Batch:
         inner = self.inner.collate([item.inner for item in items])
-        return Batch(inner, torch.stack([item.answers for item in items]))
+        return Batch(inner, torch.stack([item.answers for item in items]), [item.asked for item in items])
 
     def forward(self, batch: Batch) -> Tensor:
         read = self.inner(batch.inner)
-        heard = self.heard(self.standard(batch.answers.to(read.dtype)))
+        heard = self._heard(batch.answers.to(read.dtype), batch.asked)
         found: Tensor = self.head(self.joined(torch.cat((heard, read), dim=1)))
         return found
 

@@ -81,13 +81,15 @@ class Metanet(nn.Module):
 def build_metanet(config: Mapping[str, Any]) -> Metanet:
     """A fresh metanet from its configuration: ``{"kind": "operator", "outputs": 1, …}``.
 
-    With ``"answers": True`` one of any kind hears the answers of the networks too (``metanets.answering``).
+    With ``"answers": True`` one of any kind hears the answers of the networks too (``metanets.answering``), and with
+    ``"questions": 32, "classes": 10`` those to so many learned images.
     Raises ``MetanetError`` for a kind or an option that does not exist.
     """
     options = dict(config)
     if options.pop("answers", False):
-        inner = {k: v for k, v in options.items() if k != "outputs"}
-        options = {"kind": "answering", "inner": inner, **{k: v for k, v in options.items() if k == "outputs"}}
+        own = ("outputs", "questions", "classes")
+        inner = {k: v for k, v in options.items() if k not in own}
+        options = {"kind": "answering", "inner": inner, **{k: v for k, v in options.items() if k in own}}
     kind = options.pop("kind", None)
     if kind not in KINDS:
         raise MetanetError(f"there is no metanet of the kind {kind!r}; known: {', '.join(KINDS)}")
