@@ -34,7 +34,8 @@ def lineage(
 
     ``models``: a folder of models (its index is brought up to date first), a ``Zoo``, two or more paths or
     checkpoints, or a mapping of names to such. ``moved``: how many pairs of families of one architecture are examined
-    for copies moved inside their orbit, seconds each, up to a minute for networks of sixty layers. ``print`` shows the result as a tree; see ``Lineage``.
+    for copies moved inside their orbit, seconds each and up to a minute for networks of sixty layers. ``print`` shows
+    the result as a tree; see ``Lineage``.
 
     Raises ``WeightspaceError`` for fewer than two models and for files that cannot be read.
     """

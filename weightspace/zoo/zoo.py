@@ -301,8 +301,8 @@ class Zoo:
 
         ``models``: names of some of them (default: all). Edges have a direction, a confidence and a reason; merges show
         their parents' proportions; what files say of their descent is held against it. ``moved``: how many pairs of
-        families of one architecture are examined for copies moved inside their orbit, seconds each (deep ones a minute). Files that could
-        not be read are among those left out, with the reason.
+        families of one architecture are examined for copies moved inside their orbit, seconds each (deep ones a
+        minute). Files that could not be read are among those left out, with the reason.
 
         Raises ``ZooError`` when the zoo has no index yet, for names that are not in it, and for fewer than two models.
         """
