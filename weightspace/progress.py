@@ -41,8 +41,12 @@ def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], N
         yield lambda _: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from weightspace.terminal import visible
+
+    # Names of files are a stranger's: no markup, no control characters.
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -51,5 +55,5 @@ def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], N
         TextColumn("[dim]{task.fields[current]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total, current="")
-        yield lambda current: progress.update(task, advance=1, current=current[-48:])
+        task = progress.add_task(escape(visible(title)), total=total, current="")
+        yield lambda current: progress.update(task, advance=1, current=escape(visible(current[-48:])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,10 @@ if TYPE_CHECKING:
 
 def to_stderr() -> bool:
     """Whether there is a terminal for bars; where there is none, the library's log goes to standard error."""
-    import logging
-
     if sys.stderr.isatty():
         return True
     handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(message)s")
-    formatter.formatMessage = lambda record: visible(record.message)  # type: ignore[method-assign]
-    handler.setFormatter(formatter)
+    handler.setFormatter(_Visible("%(message)s"))
     logger = logging.getLogger("weightspace")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
@@ -45,6 +42,11 @@ def print_json(value: Any) -> None:
 def visible(text: str) -> str:
     """Text with its control characters spelled out: names in files are a stranger's, and could drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def say(line: str) -> None:
