@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import weightspace as ws
 from weightspace.backdoor import pictures as pictures_module
 from weightspace.backdoor.evidence import evidence
-from weightspace.backdoor.pictures import EACH, KINDS, LOUDEST, pictures, shown
+from weightspace.backdoor.pictures import DRAWN, EACH, KINDS, LOUDEST, pictures, shown
 from weightspace.backdoor.references import FEWEST, References
 from weightspace.backdoor.responses import battery, columns, responses
 from weightspace.backdoor.stamps import BASE, HELD, STAMP_NUMBERS, STAMP_TESTS, base_of, stamp_tests
@@ -208,3 +208,11 @@ def test_what_is_shown_is_sure_and_alike_often_of_every_class() -> None:
     drawn = torch.cat([pictures(kind, 500, (1, 14, 14)) for kind in KINDS])
     assert float(logits(x).softmax(1).amax(1).median()) > float(logits(drawn).softmax(1).amax(1).median())
     assert float(x.abs().max()) <= LOUDEST + 1e-5
+
+
+def test_what_is_shown_takes_little_room_for_many_classes_and_large_images() -> None:
+    many = shown(lambda x: x.flatten(1)[:, :1000] if x[0].numel() >= 1000 else x.flatten(1), (3, 20, 20), 1000)
+    assert len(many) <= 2 * DRAWN
+    large = shown(lambda x: x.mean((2, 3)), (3, 160, 160), 3)
+    assert large.numel() <= 3 * EACH * 3 * 160 * 160
+    assert len(large) <= 3 * EACH

@@ -7,6 +7,7 @@ Lee, Mumford & Huang 2001; as a stand-in for data: Baradad et al. 2021), and are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
@@ -26,6 +27,8 @@ LARGEST = 1e8
 """Parameters times pixels from which on asking pictures would take too long."""
 DRAWN, EACH = 3000, 200
 """Pictures of each kind that ``shown`` chooses from, and how many it chooses of each class."""
+ENTRIES = 2**24
+"""Numbers that the pictures of a kind may hold, 64 MiB, but for ``EACH`` of them."""
 LOUDEST = 3.0
 """Largest tone of a picture that is shown, in deviations; those of images that are standardised end about there."""
 
@@ -40,7 +43,7 @@ def picture_shape(wiring: Wiring, tensors: Mapping[str, Tensor]) -> tuple[int, i
     return None if numbers * height * width > LARGEST else (channels, height, width)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def pictures(kind: str, count: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """Pictures ``(count, channels, height, width)``, each with mean 0 and deviation 1; ``kind``: strokes or leaves."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,18 +91,20 @@ def leaves(count: int, shape: tuple[int, int, int], generator: torch.Generator) 
 def shown(logits: Callable[[Tensor], Tensor], shape: tuple[int, int, int], classes: int, seed: int = 0) -> Tensor:
     """Pictures ``(n, *shape)`` of both kinds that a network, ``logits``, is surest of, alike many of every class.
 
-    Of each class ``EACH``; of one that it sees in fewer, these over and over; none of a class that it sees in none. Out
-    of ``2 * DRAWN``, with no tone beyond ``LOUDEST``.
+    Of each class ``EACH``, fewer where there are many classes; of one that it sees in fewer, these over and over; none
+    of a class that it sees in none. Out of ``2 * DRAWN``, fewer where they are large, with no tone beyond ``LOUDEST``.
     """
-    x = torch.cat([pictures(kind, DRAWN, shape, seed) for kind in KINDS])
+    count = max(EACH, min(DRAWN, ENTRIES // math.prod(shape)))
+    x = torch.cat([pictures(kind, count, shape, seed) for kind in KINDS])
     x = x / (x.abs().amax((1, 2, 3), keepdim=True) / LOUDEST).clamp_min(1)
     with torch.no_grad():
         sure, said = torch.cat([logits(part).softmax(1) for part in x.split(500)]).max(1)
+    each = max(1, min(EACH, 2 * count // classes))
     chosen = []
     for k in range(classes):
         of = torch.nonzero(said == k).flatten()
-        of = of[sure[of].argsort(descending=True)[:EACH]]
-        chosen += [of[torch.arange(EACH) % len(of)]] if len(of) else []
+        of = of[sure[of].argsort(descending=True)[:each]]
+        chosen += [of[torch.arange(each) % len(of)]] if len(of) else []
     return x[torch.cat(chosen)]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from weightspace.backdoor.detector import loss
 from weightspace.backdoor.outputs import ClassAxis
 from weightspace.errors import MetanetError
-from weightspace.metanets.questions import SIDE, LearnedImages
+from weightspace.metanets.questions import SIDE, LearnedImages, image_shape, together
 
 if TYPE_CHECKING:
     from weightspace.wiring.wiring import Wiring
@@ -40,13 +40,7 @@ class Asked:
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """Channels, height and width of its images; None where it takes something else."""
-        program = self.wiring.program
-        if program is None or len(program.args) != 1 or program.kwargs or not isinstance(program.args[0], Tensor):
-            return None
-        x = program.args[0]
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 4:
-            return None
-        return int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
+        return image_shape(self.wiring.program)
 
 
 class Questions(LearnedImages):
@@ -84,13 +78,7 @@ def answers(networks: Sequence[Asked], images: Tensor) -> Tensor:
     first = networks[0]
     program = first.wiring.program
     assert program is not None, "networks that are asked can be run"
-    if len(networks) == 1:
-        return first.axis.logits(program.run(first.tensors, images)).unsqueeze(0)
-    stacked = {n: torch.stack([x.tensors[n] for x in networks]) for n in first.tensors}
-    found: Tensor = torch.func.vmap(
-        lambda t: first.axis.logits(program.run(t, images)), randomness="same"
-    )(stacked)  # fmt: skip
-    return found
+    return together(lambda t: first.axis.logits(program.run(t, images)), [x.tensors for x in networks])
 
 
 def read(nets: Sequence[Questions], networks: Sequence[Asked]) -> tuple[Tensor, list[Tensor]]:

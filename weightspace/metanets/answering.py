@@ -89,6 +89,7 @@ class Answering(Metanet):
     def begin(self, prepared: Callable[[], Sequence[Any]], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         items = prepared()
         heard = torch.stack([item.answers for item in items]).to(self.joined.weight)
+        networks = [item.asked and item.asked.to(heard.device) for item in items]
         nothing = heard.new_zeros(_BATCH, self.width)
         self.train()
         self.standard(heard)
@@ -100,7 +101,7 @@ class Answering(Metanet):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
         for _ in range(_STEPS):
             rows = torch.randperm(len(heard))[:_BATCH]
-            features = self._heard(heard[rows], [items[i].asked for i in rows.tolist()], learn=False)
+            features = self._heard(heard[rows], [networks[i] for i in rows.tolist()], learn=False)
             optimiser.zero_grad()
             loss(self.head(self.joined(torch.cat((features, nothing[: len(rows)]), dim=1))), rows).backward()
             nn.utils.clip_grad_norm_([*own, *asking], 1.0)

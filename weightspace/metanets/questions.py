@@ -9,7 +9,7 @@ it answers. One that reads no images is asked nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,25 @@ class LearnedImages(nn.Module):
         return found
 
 
+def image_shape(program: Program | None) -> tuple[int, int, int] | None:
+    """Channels, height and width of the images that a program takes; None where it takes something else."""
+    if program is None or len(program.args) != 1 or program.kwargs or not isinstance(program.args[0], Tensor):
+        return None
+    x = program.args[0]
+    if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 4:
+        return None
+    return int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
+
+
+def together(once: Callable[[Mapping[str, Tensor]], Tensor], networks: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """What ``once`` gives for the tensors of each of some networks of one program, ``(networks, …)``."""
+    if len(networks) == 1:
+        return once(networks[0]).unsqueeze(0)
+    stacked = {name: torch.stack([tensors[name] for tensors in networks]) for name in networks[0]}
+    found: Tensor = torch.func.vmap(once, randomness="same")(stacked)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Asked:
     """A network that can be run on images of ``shape`` (channels, height, width), with all tensors it takes."""
@@ -67,13 +86,11 @@ class Asked:
 def asked(graph: ParameterGraph) -> Asked | None:
     """The network as something to be asked; None where it has no program or reads something other than images."""
     program = graph.wiring.program if graph.wiring is not None else None
-    if program is None or len(program.args) != 1 or program.kwargs or not isinstance(program.args[0], Tensor):
-        return None
-    x = program.args[0]
-    if x.dim() != 4 or not x.is_floating_point() or min(x.shape[2:]) < 4:
+    shape = image_shape(program)
+    if program is None or shape is None:
         return None
     tensors = {n: graph.tensor(n) if n in graph.shapes else own for n, own in program.tensors.items()}
-    return Asked(program, tensors, (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])))
+    return Asked(program, tensors, shape)
 
 
 class LearnedQuestions(LearnedImages):
@@ -124,11 +141,7 @@ def _answers(networks: Sequence[Asked], images: Tensor) -> Tensor:
         out: Tensor = found[0] if isinstance(found, tuple | list) else found
         return out
 
-    if len(networks) == 1:
-        return once(networks[0].tensors).unsqueeze(0)
-    stacked = {name: torch.stack([n.tensors[name] for n in networks]) for name in networks[0].tensors}
-    together: Tensor = torch.func.vmap(once, randomness="same")(stacked)
-    return together
+    return together(once, [n.tensors for n in networks])
 
 
-__all__ = ["SIDE", "Asked", "LearnedImages", "LearnedQuestions", "asked"]
+__all__ = ["SIDE", "Asked", "LearnedImages", "LearnedQuestions", "asked", "image_shape", "together"]
