@@ -16,7 +16,8 @@ SIMILAR, ARCHITECTURE, SET, FILE = (
     f"weightspace.explorer.searching:{name}" for name in ("similar", "architecture", "task_of_set", "task_of_file")
 )
 MEASURES = {
-    "auto": "best available", "encoder": "pretrained encoder", "descriptor": "training-free descriptor", "both": "both",
+    "auto": "best available", "all": "all three", "function": "function", "encoder": "pretrained encoder",
+    "descriptor": "training-free descriptor", "both": "encoder and descriptor",
 }  # fmt: skip
 
 
@@ -69,8 +70,9 @@ def by_model(shelf: Shelf, folder: str) -> None:
     ui.table(found, "neighbours", f"The models nearest to {name}",
              config={"distance": st.column_config.NumberColumn(format="%.4f"),
                      "parameters": st.column_config.NumberColumn(format="localized")})  # fmt: skip
-    st.caption("0 is the same network up to the order of its neurons. Between networks trained independently the "
-               "encoder's distance is about 1; distances of different measures do not compare.")  # fmt: skip
+    st.caption("0 is the same network up to the order of its neurons; by function, any that computes the same. Between "
+               "networks trained independently the encoder's distance is about 1, the function's more than 1; "
+               "distances of different measures do not compare.")  # fmt: skip
     if len(found):
         nearest = str(found["model"].iloc[0])
         with st.container(horizontal=True):

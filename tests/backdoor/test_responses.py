@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import weightspace as ws
 from weightspace.backdoor import pictures as pictures_module
 from weightspace.backdoor.evidence import evidence
-from weightspace.backdoor.pictures import DRAWN, EACH, KINDS, LOUDEST, pictures, shown
+from weightspace.backdoor.pictures import DRAWN, EACH, LOUDEST, shown
 from weightspace.backdoor.references import FEWEST, References
 from weightspace.backdoor.responses import battery, columns, responses
 from weightspace.backdoor.stamps import BASE, HELD, STAMP_NUMBERS, STAMP_TESTS, base_of, stamp_tests
 from weightspace.backdoor.surprise import SUMMARY, beyond, families, rarity, summary, tops
+from weightspace.pictures import KINDS, pictures
 
 SHAPE = (1, 12, 12)
 CLASSES = 5

@@ -28,7 +28,7 @@ import numpy as np
 
 from weightspace.explorer import maps, tables
 from weightspace.explorer.launch import free_port
-from weightspace.retrieval import DIMENSION
+from weightspace.retrieval import DIMENSION, function
 from weightspace.retrieval.descriptor import VERSION
 from weightspace.zoo import Zoo
 from weightspace.zoo.listing import listing
@@ -45,7 +45,8 @@ def make_index(folder: Path, count: int, seed: int = 0) -> None:
 
     rng = np.random.default_rng(seed)
     known = shipped()
-    store = Store(Zoo(folder).index_folder, DIMENSION, f"descriptor-{VERSION}", True, (known.dimension, known.name))
+    others = {"learned": (known.dimension, known.name), "function": (function.LENGTH, f"function-{function.VERSION}")}
+    store = Store(Zoo(folder).index_folder, DIMENSION, f"descriptor-{VERSION}", True, others)
     centres, learned = rng.normal(size=(40, DIMENSION)), rng.normal(size=(40, known.dimension))
     axes = [{"name": f"axis.{i}", "size": 64, "kind": "free", "tensors": 3, "detail": ""} for i in range(24)]
     try:

@@ -68,10 +68,10 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
 def test_inside_the_encoder_ranks_and_what_is_outside_comes_after(zoo: ws.Zoo) -> None:
     found = zoo.similar("inside-0.safetensors")
     assert all(f"{n.distance:.3g}" in n.why or "up to symmetry" in n.why for n in found)
-    assert [n.measure for n in found] == ["both"] * 3 + ["descriptor"] * 2
+    assert [n.measure for n in found] == ["all"] * 3 + ["descriptor"] * 2
     assert found[0].name == "copy-of-0.safetensors"
     assert found[0].distance < 1e-3 < found[1].distance
-    for measure in ("both", "descriptor"):
+    for measure in ("all", "descriptor"):
         own = [n.distance for n in found if n.measure == measure]
         assert own == sorted(own)
 
@@ -108,8 +108,54 @@ def test_outside_the_descriptor_ranks_all(zoo: ws.Zoo) -> None:
     assert len(found) == 5
     with pytest.raises(ZooError, match="outside the range"):
         zoo.similar("outside-0.safetensors", by="encoder")
-    with pytest.raises(ZooError, match="expected 'auto'"):
+    with pytest.raises(ZooError, match="cannot be asked what it computes"):
+        zoo.similar("outside-0.safetensors", by="function")
+    with pytest.raises(ZooError, match="expected one of 'auto'"):
         zoo.similar("inside-0.safetensors", by="magic")  # type: ignore[arg-type]
+
+
+def test_by_function_a_copy_is_at_zero_whatever_was_done_to_it(zoo: ws.Zoo) -> None:
+    found = zoo.similar("inside-0.safetensors", by="function")
+    assert {n.measure for n in found} == {"function"}
+    assert found[0].name == "copy-of-0.safetensors"
+    assert found[0].distance < 1e-5 < 0.1 < found[1].distance
+    assert "0 is the same function" in found[1].why
+    state = dict(ws.open(zoo.folder / "inside-1.safetensors"))
+    head = max(name for name, value in state.items() if value.shape == (10, 16))
+    order = torch.randperm(10)
+    for name in (head, head.replace("weight", "bias")):
+        state[name] = state[name][order]
+    _save(zoo.folder / "other-order.safetensors", state)
+    zoo.index(jobs=1, progress=False)
+    nearest = zoo.similar("other-order.safetensors", k=1)[0]
+    assert (nearest.name, nearest.measure) == ("inside-1.safetensors", "all")
+    assert zoo.similar("other-order.safetensors", k=1, by="function")[0].distance < 1e-5
+
+
+def test_all_is_the_product_of_the_three(zoo: ws.Zoo) -> None:
+    asked = {
+        by: {n.name: n.distance for n in zoo.similar("inside-1.safetensors", by=by)}
+        for by in ("all", "function", "both")
+    }
+    for name, distance in asked["all"].items():
+        assert distance == pytest.approx(asked["function"][name] ** 0.7 * asked["both"][name] ** 0.3, rel=1e-6)
+
+
+def test_what_answers_the_same_inputs_comes_before_what_the_encoder_alone_knows(
+    zoo: ws.Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network outside the encoder's range, and one inside it that was asked something else."""
+    with sqlite3.connect(zoo.index_folder / "index.sqlite") as database:
+        for name, change in (("inside-1", {"inside": False}), ("inside-2", {"asked": "noise of 5"})):
+            row = database.execute("SELECT reading FROM models WHERE name = ?", (f"{name}.safetensors",)).fetchone()
+            text = json.dumps({**json.loads(row[0]), **change})
+            database.execute("UPDATE models SET reading = ? WHERE name = ?", (text, f"{name}.safetensors"))
+    found = zoo.similar("inside-0.safetensors")
+    assert [(n.name[:8], n.measure) for n in found[:3]] == [
+        ("copy-of-", "all"), ("inside-1", "function"), ("inside-2", "both")
+    ]  # fmt: skip
+    # Asked about one that is outside itself, what answers alike comes first.
+    assert [n.measure for n in zoo.similar("inside-1.safetensors")] == ["function"] * 2 + ["descriptor"] * 3
 
 
 def test_the_table_says_what_the_pretrained_metanets_say(zoo: ws.Zoo) -> None:
@@ -135,7 +181,7 @@ def test_an_index_of_descriptors_alone_is_brought_up_to_date_and_loses_nothing(z
     report = zoo.index(jobs=1, progress=False)
     assert (report.described, report.models, report.inside) == (6, 6, 4)
     assert zoo.similar("inside-0.safetensors", by="descriptor") == before
-    assert zoo.similar("inside-0.safetensors")[0].measure == "both"
+    assert zoo.similar("inside-0.safetensors")[0].measure == "all"
     assert zoo.index(jobs=1, progress=False).described == 0
 
 

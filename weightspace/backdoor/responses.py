@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightspace.backdoor.margins import margins
-from weightspace.backdoor.pictures import KINDS, pictures
+from weightspace.pictures import KINDS, pictures
 
 Array = NDArray[np.float64]
 Logits = Callable[[Tensor], Tensor]

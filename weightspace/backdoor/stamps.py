@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightspace.backdoor.margins import margins
-from weightspace.backdoor.pictures import KINDS, pictures
+from weightspace.pictures import KINDS, pictures
 
 Logits = Callable[[Tensor], Tensor]
 

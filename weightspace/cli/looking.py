@@ -17,7 +17,8 @@ from weightspace.terminal import as_table, open_console, print_json, say, show_c
 if TYPE_CHECKING:
     from weightspace.zoo import Zoo
 
-By = Literal["auto", "both", "encoder", "descriptor"]
+# ``weightspace.zoo.zoo.By``, whose module takes longer to import than a command line has.
+By = Literal["auto", "all", "function", "both", "encoder", "descriptor"]
 ZooFolder = Annotated[
     Path | None,
     typer.Option("--zoo", help="The zoo's folder (default: the nearest indexed folder above FILE)."),
@@ -51,13 +52,13 @@ def similar(
     file: Annotated[str, typer.Argument(help="A model file, file!member, or the name of a model in the zoo.")],
     zoo: ZooFolder = None,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours.", min=1)] = 10,
-    by: Annotated[By, typer.Option(help="Whose distances: encoder or both (in its range), descriptor, auto.")] = "auto",
+    by: Annotated[By, typer.Option(help="Whose distances: encoder, function, descriptor, both, all, auto.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """The models of a zoo nearest to FILE, with distances: 0 is the same network up to symmetry.
 
-    By the pretrained encoder and the training-free descriptor together where FILE is inside the encoder's range, models
-    outside after the others; else by the descriptor.
+    By as much as FILE and a model of the zoo have in common: what they compute of the same made-up inputs (function),
+    the pretrained encoder, inside its range, and the training-free descriptor. What compares by less comes after.
     """
     found = _zoo_of(file, zoo)
     neighbours = found.similar(file, k, by)

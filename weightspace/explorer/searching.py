@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from weightspace.errors import ZooError
-from weightspace.zoo.zoo import Zoo
+from weightspace.zoo.zoo import By, Zoo
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from weightspace.zoo.search import Search
 
-By = Literal["auto", "both", "encoder", "descriptor"]
 SETS = ("digits", "mnist", "usps", "cifar10-gray", "cifar10")
 """Data sets whose rows can be asked about."""
 

@@ -14,16 +14,14 @@ every metanet keeps with them what it had: permutations, rescalings, signs, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from weightspace.errors import MetanetError, WiringError
+from weightspace.wiring.asking import ask, told
 from weightspace.wiring.program import Program
-from weightspace.wiring.proof import run
 
 if TYPE_CHECKING:
     from weightspace.graph import ParameterGraph
@@ -83,49 +81,16 @@ def answers(graph: ParameterGraph) -> Tensor:
 
 def _ask(program: Program, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Answers ``(rows, classes)`` to the questions of each grain and then to their variants, in float64."""
-    given = (tuple(program.args), dict(program.kwargs))
-    count = next((x.shape[0] for x in tree_leaves(given) if isinstance(x, Tensor) and x.dim()), 0)
-    if not count:
-        raise MetanetError(f"the network ({program.origin}) takes no tensor that noise could be put into")
     total = QUESTIONS * len(GRAINS) * (len(_VARIANTS) + 1)
 
-    def questions(x: Any) -> Any:
-        if not (isinstance(x, Tensor) and x.dim() and x.shape[0] == count):
-            return x
-        if x.dtype == torch.bool:
-            return x.repeat(-(-total // count), *[1] * (x.dim() - 1))[:total]
+    def questions(x: Tensor) -> Tensor:
         return torch.cat([v for grain in GRAINS for v in _variants(x, grain)])
 
-    def once(start: int, stop: int) -> Tensor:
-        def some(x: Any) -> Any:
-            return x[start:stop] if isinstance(x, Tensor) and x.dim() and x.shape[0] == total else x
-
-        args, kwargs = tree_map(some, asked)
-        return run(replace(program, args=args, kwargs=kwargs), tensors, dtype)[0]
-
-    asked = tree_map(questions, given)
     try:
-        try:
-            out = once(0, total)
-        except RuntimeError:
-            # A program may be bound to the number of examples that it was traced with.
-            starts = [min(k, total - count) for k in range(0, total, count)]
-            pieces = [once(k, k + count)[at - k :] for k, at in zip(starts, range(0, total, count), strict=True)]
-            out = torch.cat(pieces)
-        if len(out) % total:
-            raise WiringError(f"{total} questions got {len(out)} answers")
-    except (RuntimeError, WiringError) as error:
-        raise MetanetError(
-            f"the network ({program.origin}) does not run on noise ({' '.join(str(error).split())[:200]}); "
-            "take a metanet without answers"
-        ) from error
-    table = out.to(torch.float64).reshape(total, -1, out.shape[-1] if out.dim() > 1 else 1)
-    # Of answers at many places, or of many classes, some tell enough.
-    table = table[:, :: -(-table.shape[1] // _PLACES), :: -(-table.shape[2] // _CLASSES)]
-    table = table.nan_to_num(nan=0.0, posinf=1e6, neginf=-1e6)
-    # Only differences between classes count, where there are several.
-    table = table - table.mean(2, keepdim=True) if table.shape[2] > 1 else table
-    return [part.flatten(0, 1) for part in table.split(QUESTIONS)]
+        out = ask(program, tensors, total, questions, dtype)
+    except WiringError as error:
+        raise MetanetError(f"{error}; take a metanet without answers") from error
+    return [part.flatten(0, 1) for part in told(out, total, _PLACES, _CLASSES).split(QUESTIONS)]
 
 
 def _variants(x: Tensor, grain: int) -> list[Tensor]:

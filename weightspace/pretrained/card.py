@@ -52,7 +52,9 @@ calibration and test. The encoder is trained on at most {recipe.views.networks:,
 
 ## Retrieval
 
-"both" is the geometric mean of the encoder's distance and the descriptor's, which `similar` takes by default.
+"function" compares what networks answer to the same made-up inputs (`weightspace.retrieval.function`, no training),
+"both" is the geometric mean of the encoder's distance and the descriptor's, and "auto" what `similar` takes by default:
+all three where networks were asked the same, both after that.
 
 {retrieval_table(recalls)}
 

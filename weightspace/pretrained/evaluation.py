@@ -1,8 +1,9 @@
 """What the pretrained metanets are worth on networks that they have not seen: rows for the model card and benchmarks.
 
 Retrieval asks a pool of networks with each of them (or with a changed copy) and counts how often something relevant is
-the nearest (recall@1) or among the nearest ten (recall@10): by the encoder, by the training-free descriptor, by both as
-``Zoo.similar`` takes them together, and by chance. Intervals are 95 % ones of the bootstrap over lineages.
+the nearest (recall@1) or among the nearest ten (recall@10): by the encoder, by the training-free descriptor, by
+function, by the former two ("both") and by all three as ``Zoo.similar`` takes them together ("auto"), and by chance.
+Intervals are 95 % ones of the bootstrap over lineages.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from weightspace.pretrained.applicability import LEAST, Range
 from weightspace.pretrained.model import Seen, Shipped, mixed
 from weightspace.pretrained.networks import disturbed
 from weightspace.pretrained.views import described
-from weightspace.retrieval import blended
+from weightspace.retrieval import blended, blended_all
+from weightspace.retrieval.function import LENGTH, function
 
 Bools = NDArray[np.bool_]
 NOISES = (0.1, 0.3)
 RANKS = (1, 10)
+# Networks that were not asked the same come after those that were.
+_LAST = 1e6
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,13 @@ def _some(samples: Sequence[Sample], most: int) -> list[Sample]:
 def _asked(model: Shipped, pool: str, samples: list[Sample], draws: int) -> Iterator[Recall]:
     trees = np.array(lineages(samples))
     pooled = model.see([s.graph for s in samples])
-    descriptors = described([s.graph for s in samples])
+    descriptors, functions = described([s.graph for s in samples]), _functions([s.graph for s in samples])
     for q in _questions(model, samples, pooled):
         asked, queries = q.wanted.any(1), int(q.wanted.any(1).sum())
         learned, plain = _far(model.vectors(q.queries), model.vectors(pooled)), _far(described(q.graphs), descriptors)
-        measures = {"both": blended(learned, plain), "encoder": learned, "descriptor": plain}
+        computed, both = _apart(_functions(q.graphs), functions), blended(learned, plain)
+        auto = np.where(np.isfinite(computed), blended_all(computed, learned, plain), _LAST + both)
+        measures = {"auto": auto, "function": computed, "both": both, "encoder": learned, "descriptor": plain}
         for measure, far in measures.items():
             first = _first_hit(far, q.wanted, q.left)[asked]
             figures = {k: _share(first < k, trees[asked], draws) for k in RANKS}
@@ -204,6 +210,19 @@ def _questions(model: Shipped, samples: Sequence[Sample], pooled: Seen) -> Itera
     for level in NOISES:
         noisy = [disturbed(permute(g, generator), level, generator, exactly=True) for g in graphs]
         yield from asked(f"copy with {level:.0%} noise", itself, nothing, model.see(noisy), noisy)
+
+
+def _functions(graphs: Sequence[ParameterGraph]) -> tuple[Tensor, NDArray[np.str_]]:
+    """Vectors of functions ``(n, LENGTH)`` and what was asked of each; that of its own where it could not be asked."""
+    found = [function({name: graph.tensor(name) for name in graph.shapes}, graph.wiring) for graph in graphs]
+    vectors = [np.zeros(LENGTH, np.float32) if one.vector is None else one.vector for one in found]
+    asked = [one.asked if one.vector is not None else f"{i} of {id(graphs)}" for i, one in enumerate(found)]
+    return torch.from_numpy(np.stack(vectors)), np.array(asked)
+
+
+def _apart(queries: tuple[Tensor, NDArray[np.str_]], pool: tuple[Tensor, NDArray[np.str_]]) -> NDArray[np.float64]:
+    """Distances of functions; infinite between networks that were not asked the same."""
+    return np.where(queries[1][:, None] == pool[1][None, :], _far(queries[0], pool[0]), np.inf)
 
 
 def _far(queries: Tensor, pool: Tensor) -> NDArray[np.float64]:

@@ -1,8 +1,10 @@
-"""Finding models that are alike: the training-free descriptor, its distance, and that blended with the encoder's."""
+"""Finding models that are alike: by the training-free descriptor, by function, and these blended with the encoder."""
 
 from __future__ import annotations
 
-from weightspace.retrieval.blend import SHARE, blended
+from weightspace.retrieval.blend import OF_FUNCTION, SHARE, blended, blended_all
 from weightspace.retrieval.descriptor import DIMENSION, FEATURES, Description, describe, distances
 
-__all__ = ["DIMENSION", "FEATURES", "SHARE", "Description", "blended", "describe", "distances"]
+__all__ = [
+    "DIMENSION", "FEATURES", "OF_FUNCTION", "SHARE", "Description", "blended", "blended_all", "describe", "distances",
+]  # fmt: skip

@@ -1,9 +1,10 @@
-"""Two measures of likeness as one: the geometric mean of the pretrained encoder's distance and the descriptor's.
+"""Measures of likeness as one: geometric means of the distances by encoder, descriptor and function.
 
 The encoder sees through rescaling, sign flips and noise; the descriptor sees the scales, which children of one parent
-still share. A product needs no common unit, so neither measure has to be calibrated to the other, and where one
-of them knows a copy (its distance is 0) the other is not asked. Where one is no help since all lie alike far away
-(a query that was rescaled, for the descriptor), it is a constant factor and the other decides the order.
+still share; the function sees what is computed, and nothing else. A product needs no common unit, so no measure has to
+be calibrated to another, and where one of them knows a copy (its distance is 0) the others are not asked. Where one is
+no help since all lie alike far away (a query that was rescaled, for the descriptor), it is a constant factor and
+the others decide the order.
 """
 
 from __future__ import annotations
@@ -14,10 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARE = 0.5
-"""Exponent of the descriptor's distance; the encoder's is 1 - SHARE."""
+"""Exponent of the descriptor's distance where it is blended with the encoder's; that one's is 1 - SHARE."""
+
+OF_FUNCTION = 0.7
+"""Exponent of the function's distance where it is known too; the blend of the other two has the rest."""
 
 
 def blended(learned: NDArray[Any], plain: NDArray[Any], share: float = SHARE) -> NDArray[np.float64]:
     """Distances by the encoder and by the descriptor, of one shape, as one: ``learned^(1 - share) plain^share``."""
     found = np.power(learned, 1 - share, dtype=np.float64) * np.power(plain, share, dtype=np.float64)
+    return np.asarray(found, dtype=np.float64)
+
+
+def blended_all(
+    computed: NDArray[Any], learned: NDArray[Any], plain: NDArray[Any], share: float = OF_FUNCTION
+) -> NDArray[np.float64]:
+    """Distances by function, encoder and descriptor as one: ``computed^share blended(learned, plain)^(1 - share)``."""
+    found = np.power(computed, share, dtype=np.float64) * np.power(blended(learned, plain), 1 - share)
     return np.asarray(found, dtype=np.float64)

@@ -93,16 +93,22 @@ def describe_model(
 ) -> tuple[ModelRow, tuple[str, ...]]:
     """The index entry of one checkpoint, and the names of the tensors that its descriptor speaks of.
 
-    With ``read`` the pretrained metanets read it as well, if it is in their range.
+    With ``read`` the pretrained metanets read it as well, if it is in their range, and it is told what it computes, if
+    it can be run.
     """
     from weightspace.card import card_and_wiring
     from weightspace.retrieval import describe
+    from weightspace.retrieval.function import function
 
     card, wiring = card_and_wiring(ckpt, model)
     description = describe(ckpt, wiring)
     learned, reading = _read(ckpt, wiring) if read else (None, {})
-    vector = description.vector.astype(np.float32)
-    return ModelRow(model, path, sha256, card.to_dict(), vector, learned, reading), description.used
+    vector, computed = description.vector.astype(np.float32), None
+    if read:
+        found = function(ckpt, wiring)
+        computed = found.vector
+        reading |= {"asked": found.asked} if computed is not None else {"unasked": found.reason}
+    return ModelRow(model, path, sha256, card.to_dict(), vector, learned, reading, computed), description.used
 
 
 def _read(ckpt: Checkpoint, wiring: Wiring | None) -> tuple[NDArray[np.float32] | None, dict[str, Any]]:

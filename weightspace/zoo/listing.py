@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from weightspace.zoo.store import FACTS, FileStamp, Store, described
+from weightspace.zoo.store import FACTS, FileStamp, Store, described, others_in
 from weightspace.zoo.zoo import Zoo
 
 if TYPE_CHECKING:
@@ -126,9 +126,7 @@ def vectors(folder: Path, kind: Vectors) -> tuple[list[str], NDArray[np.float32]
 def _opened(index: Path) -> Store:
     """The index read as what it says it is: nothing of another version can come from it but its vectors."""
     said = described(index)
-    length, _, encoder = said.get("learned", "").partition("/")
-    learned = (int(length), encoder) if length.isdigit() else None
-    return Store(index, int(said.get("dimension", 0)), said.get("embedding", ""), write=False, learned=learned)
+    return Store(index, int(said.get("dimension", 0)), said.get("embedding", ""), write=False, others=others_in(said))
 
 
 def _object(text: Any) -> dict[str, Any]:

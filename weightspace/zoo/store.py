@@ -5,9 +5,10 @@ killed at any moment leaves an index that is whole and only lacks what was still
 belongs to a model only once the transaction that names it has been committed; rows of models that are gone
 are used again.
 
-There are two vectors to a model: the training-free descriptor (``embeddings.f32``), and that of the pretrained
-encoder (``learned.f32``), which models outside its range may lack. An index that another encoder made, or none, keeps
-its descriptors; its files are looked at again the next time, one by one.
+There are three vectors to a model: the training-free descriptor (``embeddings.f32``), that of the pretrained encoder
+(``learned.f32``), which models outside its range may lack, and that of its function (``function.f32``), which models
+lack that cannot be run. An index where one of the latter two was made otherwise, or not at all, keeps its descriptors;
+its files are looked at again the next time, one by one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightspace.errors import ZooError
+
+OTHERS = ("learned", "function")
+"""Vectors of a model beside its descriptor, as fields of ``ModelRow`` and names of files."""
 
 SCHEMA = 2
 # Schema 1 had descriptors alone.
@@ -71,10 +75,11 @@ class FileStamp:
 class ModelRow:
     """One model in the index: its name in the zoo, its file, the file's hash, its card and its descriptor.
 
-    ``learned`` is the vector of the pretrained encoder, None for a model that it did not read, and ``reading`` what
-    the pretrained metanets say of it: ``inside``, ``score`` and ``reason`` of the encoder's applicability, and
-    ``accuracy``, ``accuracy_low`` and ``accuracy_high`` where there is a prediction. Empty in an index that was made
-    by another encoder.
+    ``learned`` is the vector of the pretrained encoder, None for a model that it did not read, ``function`` that of
+    what it computes, None for one that cannot be run, and ``reading`` what goes with them: ``inside``, ``score`` and
+    ``reason`` of the encoder's applicability, ``accuracy``, ``accuracy_low`` and ``accuracy_high`` where there is a
+    prediction, and ``asked``, the questions that the function was told by, or ``unasked``, why not. Empty in an
+    index that was made by another encoder.
     """
 
     name: str
@@ -84,25 +89,26 @@ class ModelRow:
     embedding: NDArray[np.float32]
     learned: NDArray[np.float32] | None = None
     reading: Mapping[str, Any] = field(default_factory=dict)
+    function: NDArray[np.float32] | None = None
 
 
 class Store:
     """The index in one folder. Open it with ``Store(folder, dimension, version)``; close it when done.
 
     ``dimension`` is the length of the descriptors and ``version`` names how they are made: an index of other
-    descriptors is emptied on opening for writing and refused on opening for reading. ``learned`` is the same for the
-    vectors of the pretrained encoder: those of another one are forgotten on opening for writing, and their
-    files are noted as to be looked at again; on opening for reading they are as if they were not there. Without
-    ``learned`` an index is read as it is, and written without such vectors.
+    descriptors is emptied on opening for writing and refused on opening for reading. ``others`` is the same for the
+    ``OTHERS``, the vectors of the pretrained encoder and of functions: where one is of another version all are
+    forgotten on opening for writing, and their files are noted as to be looked at again; on opening for reading they
+    are as if they were not there. Without ``others`` an index is read as it is, and written without such vectors.
     """
 
     def __init__(
-        self, folder: Path, dimension: int, version: str, write: bool = True, learned: tuple[int, str] | None = None
-    ) -> None:
+        self, folder: Path, dimension: int, version: str, write: bool = True,
+        others: Mapping[str, tuple[int, str]] | None = None,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.dimension = dimension
         self._vectors = folder / "embeddings.f32"
-        self._learned = folder / "learned.f32"
         database = folder / "index.sqlite"
         try:
             if write:
@@ -122,14 +128,14 @@ class Store:
                 f"{folder} and index again: only merges.jsonl, if it is there, cannot be made again"
             ) from error
         described = {"dimension": str(dimension), "embedding": version}
-        if learned is None:
-            length, _, encoder = found.get("learned", "").partition("/") if not write else ("", "", "")
-            learned = (int(length or 0), encoder)
-        self._length, encoder = learned
-        wanted = {"schema": str(SCHEMA), **described, "learned": f"{self._length}/{encoder}"}
+        if others is None:
+            others = {} if write else others_in(found)
+        self._lengths = {kind: others.get(kind, (0, ""))[0] for kind in OTHERS}
+        names = {kind: "{}/{}".format(*others.get(kind, (0, ""))) for kind in OTHERS}
+        wanted = {"schema": str(SCHEMA), **described, **names}
         usable = found.get("schema") in _READABLE and described.items() <= found.items()
-        # Whether the second vectors are those of the encoder that is asked for.
-        self.has_learned = found == wanted
+        # Whether the other vectors are those that are asked for.
+        self.has_learned = {**dict.fromkeys(OTHERS, "0/"), **found} == wanted
         if not usable and not write:
             raise ZooError(
                 f"the index {database} was made by another version of weightspace ({found or 'unknown'}, "
@@ -163,10 +169,11 @@ class Store:
         rows = self._take_rows(len(models))
         with self._writing():
             self._write_vectors(self._vectors, self.dimension, rows, [model.embedding for model in models])
-            if self._length:
-                empty = np.full(self._length, np.nan, dtype=np.float32)
-                learned = [empty if model.learned is None else model.learned for model in models]
-                self._write_vectors(self._learned, self._length, rows, learned)
+            for kind, length in self._lengths.items():
+                if length:
+                    empty = np.full(length, np.nan, dtype=np.float32)
+                    held = [getattr(model, kind) for model in models]
+                    self._write_vectors(self._file(kind), length, rows, [empty if v is None else v for v in held])
             freed = self._delete_models(path)
             self._db.execute("DELETE FROM files WHERE path = ?", (path,))
             self._db.execute(
@@ -212,16 +219,16 @@ class Store:
 
         Not numbers where a model has no vector.
         """
-        column = "reading" if self.has_learned else "''"
-        rows = list(self._db.execute(f"SELECT row, {column} FROM models ORDER BY name"))
-        readings = [json.loads(reading or "{}") for _, reading in rows]
-        held = [bool(reading) for reading in readings]
-        vectors = np.full((len(rows), self._length), np.nan, dtype=np.float32)
-        if any(held) and self._length:
-            some = [row for (row, _), keep in zip(rows, held, strict=True) if keep]
-            vectors[np.asarray(held)] = self._vectors_of(self._learned, self._length, some)
+        vectors, readings = self._others("learned")
         inside = np.array([bool(reading.get("inside")) for reading in readings], dtype=bool)
         return vectors, inside & np.isfinite(vectors).all(axis=1)
+
+    def functions(self) -> tuple[NDArray[np.float32], list[str]]:
+        """Vectors of functions, in the order of ``embeddings``, and what was asked of each; "" where there is none."""
+        vectors, readings = self._others("function")
+        there = [bool(self._lengths["function"]) and bool(np.isfinite(vector).all()) for vector in vectors]
+        asked = [str(r.get("asked") or "") if held else "" for r, held in zip(readings, there, strict=True)]
+        return vectors, asked
 
     def facts(self) -> list[tuple[Any, ...]]:
         """``FACTS`` of every model, in order of its name: what a table shows, without reading whole cards or vectors.
@@ -243,6 +250,22 @@ class Store:
     def count(self) -> int:
         """Number of models."""
         return int(self._db.execute("SELECT count(*) FROM models").fetchone()[0])
+
+    def _file(self, kind: str) -> Path:
+        return self.folder / f"{kind}.f32"
+
+    def _others(self, kind: str) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
+        """Vectors of one of ``OTHERS``, not numbers where a model has none, and the readings of all models."""
+        column = "reading" if self.has_learned else "''"
+        rows = list(self._db.execute(f"SELECT row, {column} FROM models ORDER BY name"))
+        readings = [json.loads(reading or "{}") for _, reading in rows]
+        held = [bool(reading) for reading in readings]
+        length = self._lengths[kind]
+        vectors = np.full((len(rows), length), np.nan, dtype=np.float32)
+        if any(held) and length:
+            some = [row for (row, _), keep in zip(rows, held, strict=True) if keep]
+            vectors[np.asarray(held)] = self._vectors_of(self._file(kind), length, some)
+        return vectors, readings
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -271,11 +294,12 @@ class Store:
         found = []
         for (row, name, path, sha, card, text), vector in zip(rows, vectors, strict=True):
             reading = json.loads(text or "{}")
-            learned = None
-            if reading and self._length:
-                learned = self._vectors_of(self._learned, self._length, [row])[0]
-                learned = learned if bool(np.isfinite(learned).all()) else None
-            found.append(ModelRow(name, path, sha, json.loads(card), vector, learned, reading))
+            others: dict[str, NDArray[np.float32] | None] = dict.fromkeys(OTHERS)
+            for kind, length in self._lengths.items():
+                if reading and length:
+                    other = self._vectors_of(self._file(kind), length, [row])[0]
+                    others[kind] = other if bool(np.isfinite(other).all()) else None
+            found.append(ModelRow(name, path, sha, json.loads(card), vector, reading=reading, **others))
         return found
 
     def _note_rows(self) -> None:
@@ -325,6 +349,15 @@ class Store:
             )
         stored = np.memmap(file, dtype="<f4", mode="r", shape=(present, dimension))
         return np.asarray(stored[np.asarray(rows)], dtype=np.float32)
+
+
+def others_in(meta: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+    """Lengths and versions of the ``OTHERS`` as an index says them of itself."""
+    found = {}
+    for kind in OTHERS:
+        length, _, version = meta.get(kind, "").partition("/")
+        found[kind] = (int(length), version) if length.isdigit() else (0, "")
+    return found
 
 
 def described(folder: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from weightspace.zoo.store import FileStamp, ModelRow, Store
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from weightspace.checkpoint import Checkpoint
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from weightspace.zoo.search import Search
 
 INDEX_FOLDER = ".weightspace"
-Measure = Literal["both", "encoder", "descriptor"]
+Measure = Literal["all", "function", "both", "encoder", "descriptor"]
+By = Literal["auto", "all", "function", "both", "encoder", "descriptor"]
+_IN_TURN: tuple[Measure, ...] = ("all", "function", "both", "descriptor")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Neighbour:
     """A model of the zoo and its distance from the one asked about; 0 is the same up to symmetry.
 
     ``measure`` says whose distance it is: that of the pretrained "encoder" (1 is usual between networks trained
-    independently), that of the training-free "descriptor", or the geometric mean of "both". They have different
-    scales and do not compare.
+    independently), that of the training-free "descriptor", the geometric mean of "both", that of the "function" (what
+    networks compute of the same made-up inputs; independent ones are more than 1 apart), or the geometric mean of
+    "all" three. They have different scales and do not compare.
     """
 
     name: str
@@ -51,11 +55,17 @@ class Neighbour:
     def why(self) -> str:
         """What the distance says, in words."""
         if self.distance < 1e-6:
-            return f"the same up to symmetry, as the {self.measure} sees it"
+            return {
+                "function": "the same function: it answers all inputs alike",
+                "all": "the same function, or the same up to symmetry",
+                "both": "the same up to symmetry, as encoder or descriptor sees it",
+            }.get(self.measure, f"the same up to symmetry, as the {self.measure} sees it")
         scale = {
             "encoder": "by the encoder; 1 is usual between networks trained independently",
             "descriptor": "by statistics of the weights that no symmetry changes; 0 is the same",
             "both": "by the mean of encoder and descriptor; 0 is the same",
+            "function": "by what they answer to the same inputs; 0 is the same function, over 1 another",
+            "all": "by what they answer, encoder and descriptor together; 0 is the same",
         }[self.measure]
         return f"{self.distance:.3g} away {scale}"
 
@@ -113,8 +123,9 @@ class Zoo:
         index knows are skipped; those that are gone are dropped. Each file is committed on its own: after a
         kill the next run goes on where this one stopped. ``jobs`` is the number of worker processes
         (default: one per core, fewer when there is little to do); ``force`` describes everything anew.
-        Beside its training-free descriptor every model in the range of the pretrained encoder gets its vector. An
-        index without these, or of another encoder, is brought up to date file by file, and serves until then.
+        Beside its training-free descriptor every model in the range of the pretrained encoder gets its vector, and
+        every one that can be run that of its function. An index without these, or of another encoder, is brought
+        up to date file by file, and serves until then.
         """
         from time import perf_counter
 
@@ -183,27 +194,28 @@ class Zoo:
         self,
         x: str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor],
         k: int = 10,
-        by: Literal["auto", "both", "encoder", "descriptor"] = "auto",
+        by: By = "auto",
     ) -> list[Neighbour]:
         """The ``k`` models of the zoo nearest to ``x``, nearest first.
 
         ``x`` is a file (also ``file!member``), a checkpoint, named tensors, or the name of a model in the
         zoo. A model of the zoo is not its own neighbour; a copy of it is, at distance 0.
 
-        ``by`` is the measure: that of the pretrained ``"encoder"``, which holds for models inside its range alone, or
-        the training-free ``"descriptor"``, which holds for any; ``"both"`` is the geometric mean of their distances
-        (``weightspace.retrieval.blend``), for models inside the range alone. ``"auto"`` takes both where the model
-        asked about is inside: the models inside come first, and then the others, by the distance of the descriptor.
-        Where it is outside, all are by the descriptor. Every neighbour says what its ``measure`` is, and within one
-        measure they are in order; no distance of one is ever ranked against the other's.
+        ``by`` is the measure: that of the pretrained ``"encoder"``, which holds for models inside its range alone;
+        that of the ``"function"``, which compares models that were asked the same inputs (``retrieval.function``); or
+        the training-free ``"descriptor"``, which holds for any. ``"both"`` is the geometric mean of encoder and
+        descriptor, ``"all"`` that of the three (``retrieval.blend``), for models that have them. ``"auto"`` takes as
+        many as it can: first come models by all three, then those that answer the same inputs, by function, then
+        those in the encoder's range, by both, and the others by the descriptor. Every neighbour says what its
+        ``measure`` is, and within one measure they are in order; no distance of one is ever ranked against another's.
 
-        Raises ``ZooError`` when the zoo has no index yet or holds no model, and for ``by="encoder"`` and ``"both"``
-        when the model asked about is outside the range, with the reason, or no model of the zoo is inside.
+        Raises ``ZooError`` when the zoo has no index yet or holds no model, and for any ``by`` but ``"auto"`` and
+        ``"descriptor"`` when the model asked about cannot be compared so, with the reason, or no model of the zoo can.
         """
-        from weightspace.retrieval import blended, distances
+        from weightspace.retrieval import blended, blended_all, distances
 
-        if by not in ("auto", *get_args(Measure)):
-            raise ZooError(f"similar: by is {by!r}; expected 'auto', 'both', 'encoder' or 'descriptor'")
+        if by not in get_args(By):
+            raise ZooError(f"similar: by is {by!r}; expected one of {', '.join(map(repr, get_args(By)))}")
         with self._store(write=False, encoder=by != "descriptor") as store:
             names, vectors = store.embeddings()
             if not names:
@@ -213,22 +225,36 @@ class Zoo:
             own, query = self._query(store, x, read=by != "descriptor")
             others = [i for i, name in enumerate(names) if name != own]
             plain = distances(np.asarray(query.embedding, dtype=np.float64), np.asarray(vectors, dtype=np.float64))
-            ranked: list[tuple[int, float, Measure]] = []
-            if by != "descriptor" and self._learned(store, query, by):
+            nowhere = np.full(len(names), np.nan)
+            away = computed = nowhere
+            if by not in ("descriptor", "function") and self._comparable(store, query, by, "learned"):
                 learned, inside = store.learned()
                 away = np.linalg.norm(learned.astype(np.float64) - np.asarray(query.learned, dtype=np.float64), axis=1)
-                measure: Measure = "encoder" if by == "encoder" else "both"
-                far = away if by == "encoder" else blended(away, plain)
-                known = sorted((i for i in others if inside[i]), key=lambda i: (far[i], away[i], plain[i]))
-                ranked = [(i, float(far[i]), measure) for i in known]
-                others = [i for i in others if not inside[i]]
-                if by != "auto" and not ranked:
-                    raise ZooError(
-                        f"no other model of {self.folder} is inside the range of the pretrained encoder; "
-                        "ask with by='descriptor', or run `weightspace index` if the index is an older one"
-                    )
-            if by in ("auto", "descriptor"):
-                ranked += [(i, float(plain[i]), "descriptor") for i in sorted(others, key=lambda i: plain[i])]
+                away = np.where(inside, away, np.nan)
+            if by in ("auto", "all", "function") and self._comparable(store, query, by, "function"):
+                functions, asked = store.functions()
+                computed = np.linalg.norm(
+                    functions.astype(np.float64) - np.asarray(query.function, dtype=np.float64), axis=1
+                )
+                same = np.array([what == query.reading.get("asked") for what in asked], dtype=bool)
+                computed = np.where(same, computed, np.nan)
+            measures: dict[Measure, NDArray[np.float64]] = {
+                "all": blended_all(computed, away, plain), "function": computed, "both": blended(away, plain),
+                "encoder": away, "descriptor": plain,
+            }  # fmt: skip
+            ranked: list[tuple[int, float, Measure]] = []
+            for measure in _IN_TURN if by == "auto" else (by,):
+                far = measures[measure]
+                some = [i for i in others if np.isfinite(far[i])]
+                others = [i for i in others if not np.isfinite(far[i])]
+                # Copies are at 0 by every product: the single measures order what a product holds equal.
+                some.sort(key=lambda i: (far[i], *np.nan_to_num([computed[i], away[i]]), plain[i]))
+                ranked += [(i, float(far[i]), measure) for i in some]
+            if not ranked:
+                raise ZooError(
+                    f"no other model of {self.folder} can be compared by {by!r}; ask with by='descriptor', or run "
+                    "`weightspace index` if the index is an older one"
+                )
             neighbours = []
             for position, distance, whose in ranked[:k]:
                 model = store.model(names[position])
@@ -424,31 +450,38 @@ class Zoo:
 
     @contextmanager
     def _store(self, write: bool, encoder: bool = False) -> Iterator[Store]:
-        """The index; with ``encoder`` its vectors are those of the pretrained encoder or none."""
+        """The index; with ``encoder`` its vectors beside the descriptors are those of this version or none."""
         from weightspace.retrieval.descriptor import DIMENSION, VERSION
 
-        learned = None
+        others = None
         if write or encoder:
             from weightspace.pretrained import shipped
+            from weightspace.retrieval import function
 
-            learned = (shipped().dimension, shipped().name)
-        store = Store(self.index_folder, DIMENSION, f"descriptor-{VERSION}", write, learned)
+            others = {
+                "learned": (shipped().dimension, shipped().name),
+                "function": (function.LENGTH, f"function-{function.VERSION}"),
+            }
+        store = Store(self.index_folder, DIMENSION, f"descriptor-{VERSION}", write, others)
         try:
             yield store
         finally:
             store.close()
 
-    def _learned(self, store: Store, query: ModelRow, by: str) -> bool:
-        """Whether the encoder can be asked; raises where it was asked for by name and cannot."""
-        inside = bool(query.reading.get("inside")) and query.learned is not None
-        if inside and store.has_learned:
+    def _comparable(self, store: Store, query: ModelRow, by: str, kind: Literal["learned", "function"]) -> bool:
+        """Whether one of the other vectors can be asked; raises where it was asked for by name and cannot."""
+        said = query.reading
+        there = getattr(query, kind) is not None and (kind == "function" or bool(said.get("inside")))
+        if there and store.has_learned:
             return True
         if by != "auto":
+            stale = "the index was not brought up to date"
             if not store.has_learned:
                 reason = "the index was made without this encoder; run `weightspace index` on its folder again"
+            elif kind == "function":
+                reason = f"{query.name} cannot be asked what it computes: {said.get('unasked') or stale}"
             else:
-                reason = str(query.reading.get("reason") or "the index was not brought up to date")
-                reason = f"{query.name} is outside the range of the pretrained encoder: {reason}"
+                reason = f"{query.name} is outside the range of the pretrained encoder: {said.get('reason') or stale}"
             raise ZooError(f"{reason} (by='descriptor' works for any model)")
         return False
 

@@ -1,0 +1,72 @@
+"""Putting many inputs to a network at once, by the program that its wiring was proved with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from weightspace.errors import WiringError
+from weightspace.wiring.program import Program
+from weightspace.wiring.proof import run
+
+
+def ask(
+    program: Program, tensors: Mapping[str, Tensor], total: int, draw: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """What a network gives for ``total`` inputs, its first output with ``total`` times so many rows.
+
+    ``draw`` makes ``(total, …)`` inputs in the place of each example input ``(count, …)`` whose first axis is that of
+    examples; masks are repeated, and anything else is handed over as it is. A program that is bound to the number of
+    examples that it was traced with is run so many at a time.
+
+    Raises ``WiringError`` for a network that takes no tensor, that fails on the inputs, or that does not answer each.
+    """
+    given = (tuple(program.args), dict(program.kwargs))
+    count = next((x.shape[0] for x in tree_leaves(given) if isinstance(x, Tensor) and x.dim()), 0)
+    if not count:
+        raise WiringError(f"the network ({program.origin}) takes no tensor that anything could be put into")
+
+    def inputs(x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.dim() and x.shape[0] == count):
+            return x
+        if x.dtype == torch.bool:
+            return x.repeat(-(-total // count), *[1] * (x.dim() - 1))[:total]
+        return draw(x)
+
+    def once(start: int, stop: int) -> Tensor:
+        def some(x: Any) -> Any:
+            return x[start:stop] if isinstance(x, Tensor) and x.dim() and x.shape[0] == total else x
+
+        args, kwargs = tree_map(some, asked)
+        return run(replace(program, args=args, kwargs=kwargs), tensors, dtype)[0]
+
+    asked = tree_map(inputs, given)
+    try:
+        out = once(0, total)
+    except RuntimeError:
+        starts = [min(k, total - count) for k in range(0, total, count)]
+        try:
+            pieces = [once(k, k + count)[at - k :] for k, at in zip(starts, range(0, total, count), strict=True)]
+        except RuntimeError as error:
+            raise WiringError(
+                f"the network ({program.origin}) does not run on other inputs than its example "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from error
+        out = torch.cat(pieces)
+    if not out.dim() or len(out) % total:
+        raise WiringError(f"{total} questions got {len(out) if out.dim() else 'no'} answers from {program.origin}")
+    return out
+
+
+def told(out: Tensor, total: int, places: int, classes: int) -> Tensor:
+    """Outputs as differences between classes, ``(total, places, classes)``, float64; of very many places or classes
+    those at equal steps. Infinite values count as very large, those that are no numbers as 0."""
+    table = out.to(torch.float64).reshape(total, -1, out.shape[-1] if out.dim() > 1 else 1)
+    table = table[:, :: -(-table.shape[1] // places), :: -(-table.shape[2] // classes)]
+    table = table.nan_to_num(nan=0.0, posinf=1e6, neginf=-1e6)
+    return table - table.mean(2, keepdim=True) if table.shape[2] > 1 else table
