@@ -51,6 +51,10 @@ class MetanetError(WeightspaceError):
     """A metanetwork was given an option, a network or a set of samples that it cannot use."""
 
 
+class UnansweredError(MetanetError):
+    """A network that a metanet would run, and that cannot be run."""
+
+
 class MergeError(WeightspaceError):
     """Models that cannot be merged as asked, or a method or recipe that makes no sense; nothing was written."""
 

@@ -120,6 +120,12 @@ class Answering(Metanet):
         found: Tensor = self.heard(told)
         return found
 
+    def around(self, inner: Any, graphs: Sequence[ParameterGraph]) -> Batch:
+        """A batch of graphs that the inner metanet has one of already; without gradients, like ``batched``."""
+        with torch.no_grad():
+            told = torch.stack([answers(graph) for graph in graphs])
+            return Batch(inner, told, [asked(graph) if self.questions is not None else None for graph in graphs])
+
     def prepare(self, graph: ParameterGraph) -> Item:
         inner = self.inner.prepare(graph)
         return Item(inner, answers(graph), asked(graph) if self.questions is not None else None)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from weightspace.errors import MetanetError, WiringError
-from weightspace.wiring.asking import ask, told
+from weightspace.errors import UnansweredError, WiringError
+from weightspace.wiring.asking import ask, complete, told
 from weightspace.wiring.program import Program
 
 if TYPE_CHECKING:
@@ -56,19 +56,21 @@ def answers(graph: ParameterGraph) -> Tensor:
     Inputs are drawn like the example inputs that its wiring was proved with: numbers from a normal distribution,
     tokens from those of the example. The last axis of the first output is that of classes.
 
-    Raises ``MetanetError`` for a graph whose wiring has no program to run, or whose program cannot be asked.
+    Raises ``UnansweredError`` for a graph whose wiring has no program to run, or whose program cannot be asked.
     """
     wiring = graph.wiring
     program = wiring.program if wiring is not None else None
-    if program is None:
-        raise MetanetError(
+    if wiring is None or program is None:
+        raise UnansweredError(
             f"this network ({graph.origin}) cannot be run: its wiring has no program, so it cannot be asked anything; "
             "make the graph with ws.graph from a file of a known family, or take a metanet without answers"
         )
     weights = {name: graph.tensor(name) for name in graph.shapes}
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in weights.values()) else torch.float32
-    tensors = {name: weights.get(name, own) for name, own in program.tensors.items()}
-    parts = _ask(program, tensors, dtype)
+    try:
+        parts = _ask(program, complete(wiring, weights), dtype)
+    except WiringError as error:
+        raise UnansweredError(f"{error}; take a metanet without answers") from error
     rows = []
     for first, *others in (parts[k : k + len(_VARIANTS) + 1] for k in range(0, len(parts), len(_VARIANTS) + 1)):
         rows += [_read(first), *(_change(first, other) for other in others)]
@@ -86,10 +88,7 @@ def _ask(program: Program, tensors: Mapping[str, Tensor], dtype: torch.dtype) ->
     def questions(x: Tensor) -> Tensor:
         return torch.cat([v for grain in GRAINS for v in _variants(x, grain)])
 
-    try:
-        out = ask(program, tensors, total, questions, dtype)
-    except WiringError as error:
-        raise MetanetError(f"{error}; take a metanet without answers") from error
+    out = ask(program, tensors, total, questions, dtype)
     return [part.flatten(0, 1) for part in told(out, total, _PLACES, _CLASSES).split(QUESTIONS)]
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weightspace.errors import MetanetError
+from weightspace.errors import MetanetError, UnansweredError, WiringError
+from weightspace.wiring.asking import complete
 from weightspace.wiring.program import Program
 
 if TYPE_CHECKING:
@@ -84,13 +85,19 @@ class Asked:
 
 
 def asked(graph: ParameterGraph) -> Asked | None:
-    """The network as something to be asked; None where it has no program or reads something other than images."""
-    program = graph.wiring.program if graph.wiring is not None else None
+    """The network as something to be asked; None where it has no program or reads something other than images.
+
+    Raises ``UnansweredError`` where a weight of it is missing.
+    """
+    wiring = graph.wiring
+    program = wiring.program if wiring is not None else None
     shape = image_shape(program)
-    if program is None or shape is None:
+    if wiring is None or program is None or shape is None:
         return None
-    tensors = {n: graph.tensor(n) if n in graph.shapes else own for n, own in program.tensors.items()}
-    return Asked(program, tensors, shape)
+    try:
+        return Asked(program, complete(wiring, {name: graph.tensor(name) for name in graph.shapes}), shape)
+    except WiringError as error:
+        raise UnansweredError(f"{error}; take a metanet without questions") from error
 
 
 class LearnedQuestions(LearnedImages):

@@ -38,7 +38,7 @@ def model_card(
   {len(recipe.mixtures)} pairs the one that found most among validation runs); distance 1 is the median between networks
   of different runs.
 - **predictor of accuracy**: operator message passing, {size["accuracy"]:,} parameters, {_plan(model.accuracy)}.
-  Regression of the test accuracy of image classifiers.
+  Regression of the test accuracy of image classifiers; it also hears what they answer to noise (`answers`).
 
 Both read networks at the canonical point of their orbit under positive rescaling and sign flips, so that all known
 symmetries leave vectors and predictions as they are. Names, formats, dtypes, counters and records do not count.
@@ -134,7 +134,8 @@ def _networks(found: Sequence[Population]) -> str:
 
 def _plan(trained: Trained) -> str:
     plan, config = trained.plan, trained.metanet.config
-    size = f"width {config['width']}, {config['rounds']} rounds"
+    inner = config.get("inner", config)
+    size = f"width {inner['width']}, {inner['rounds']} rounds"
     return f"{size}, {len(trained.history)} epochs in batches of {plan.batch}, seed {plan.seed}"
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightspace.errors import MetanetError
+from weightspace.errors import MetanetError, UnansweredError
 from weightspace.graph import ParameterGraph
 from weightspace.paths import write_whole
 from weightspace.pretrained.applicability import Applicability, Limits, Range
@@ -28,6 +28,7 @@ from weightspace.pretrained.views import canonical, described
 from weightspace.tagged import facts_of
 
 if TYPE_CHECKING:
+    from weightspace.metanets.base import Metanet
     from weightspace.metanets.training import Trained
 
 FILES = Path(__file__).resolve().parent / "files"
@@ -146,7 +147,12 @@ class Shipped:
         seen = self.see([graph])
         found = Applicability(False, 0.0, reason) if reason else self.range.of(seen.views)
         reason = self.accuracy_range.limits.excluded(graph)
+        silent = bool(seen.accuracies.isnan())
+        if silent:
+            reason = reason or "it does not run on noise, and the predictor hears what a network answers to that"
         where = Applicability(False, 0.0, reason) if reason else self.accuracy_range.of(seen.views)
+        if silent:
+            return Reading(self.vectors(seen)[0], found, nothing(where))
         low, high = self.conformal.intervals(seen.accuracies, seen.spots)
         prediction = Prediction(float(seen.accuracies[0]), float(low[0]), float(high[0]), COVERAGE, where)
         return Reading(self.vectors(seen)[0], found, prediction if where.inside or force else nothing(where))
@@ -257,16 +263,41 @@ def see(
 
 
 def _outputs(some: Sequence[Trained], graphs: Sequence[ParameterGraph]) -> list[Tensor]:
-    """Outputs of several metanets, ``(networks, outputs)`` each; networks are prepared once for those that allow it."""
+    """Outputs of several metanets, ``(networks, outputs)`` each; networks are prepared once for those that allow it.
+
+    Not numbers for a network that a metanet would ask and that does not answer.
+    """
     found: list[list[Tensor]] = [[torch.empty(0, trained.task.outputs)] for trained in some]
     for start in range(0, len(graphs), _BATCH):
+        part = graphs[start : start + _BATCH]
         batches: dict[Hashable, Any] = {}
         for trained, parts in zip(some, found, strict=True):
-            metanet = trained.metanet
-            if metanet.preparation not in batches:
-                batches[metanet.preparation] = metanet.batched(graphs[start : start + _BATCH])
-            parts.append(metanet.answer(batches[metanet.preparation]).cpu())
+            try:
+                parts.append(_answer(trained.metanet, part, batches))
+            except UnansweredError:
+                parts += [_answer_or_nothing(trained, graph) for graph in part]
     return [torch.cat(parts) for parts in found]
+
+
+def _answer(metanet: Metanet, graphs: Sequence[ParameterGraph], batches: dict[Hashable, Any]) -> Tensor:
+    """Outputs for one batch; ``batches`` are those that other metanets prepared of the same graphs."""
+    from weightspace.metanets.answering import Answering
+
+    if metanet.preparation not in batches:
+        known = isinstance(metanet, Answering) and metanet.inner.preparation in batches
+        batches[metanet.preparation] = (
+            metanet.around(batches[metanet.inner.preparation], graphs)
+            if known and isinstance(metanet, Answering)
+            else metanet.batched(graphs)
+        )
+    return metanet.answer(batches[metanet.preparation]).cpu()
+
+
+def _answer_or_nothing(trained: Trained, graph: ParameterGraph) -> Tensor:
+    try:
+        return _answer(trained.metanet, [graph], {})
+    except UnansweredError:
+        return torch.full((1, trained.task.outputs), torch.nan)
 
 
 def mixed(seen: Seen, mixture: tuple[float, float]) -> Tensor:

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightspace.errors import WeightspaceError
+from weightspace.errors import WiringError
 from weightspace.pictures import KINDS, pictures
-from weightspace.wiring.asking import ask, told
+from weightspace.wiring.asking import ask, complete, told
 from weightspace.wiring.program import Program
 from weightspace.wiring.wiring import Wiring
 
@@ -73,8 +73,12 @@ def function(tensors: Mapping[str, Tensor], wiring: Wiring | None) -> Function:
     if numbers > PARAMETERS:
         return Function(None, reason=f"it has {numbers:,} parameters, and more than {PARAMETERS:,} are not asked")
     try:
-        return _function(program, _complete(program, tensors, wiring))
-    except WeightspaceError as error:
+        held = complete(wiring, tensors)
+        for name, value in held.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return Function(None, reason=f"{name!r} holds infinite values or values that are no numbers")
+        return _function(program, held)
+    except WiringError as error:
         return Function(None, reason=" ".join(str(error).split()))
 
 
@@ -148,30 +152,6 @@ def _alike(rows: Tensor) -> Tensor:
         return rows.new_zeros(len(_pairs()))
     gram = own @ own.T
     found: Tensor = gram.flatten()[_pairs()] * _weights() / gram.norm()
-    return found
-
-
-def _complete(program: Program, tensors: Mapping[str, Tensor], wiring: Wiring) -> dict[str, Tensor]:
-    """The program's tensors with these weights; only counters may be those of the example.
-
-    Raises ``WeightspaceError`` where a weight is missing or not finite.
-    """
-    found: dict[str, Tensor] = {}
-    twins: dict[int, str] = {}
-    for name, own in program.tensors.items():
-        if name in tensors:
-            twins.setdefault(id(own), name)
-    for name, own in program.tensors.items():
-        held = name if name in tensors else twins.get(id(own))
-        if held is not None:
-            value = tensors[held]
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise WeightspaceError(f"{held!r} holds infinite values or values that are no numbers")
-            found[name] = value
-        elif own.is_floating_point() and name not in wiring.untouched:
-            raise WeightspaceError(f"the tensor {name!r}, which it runs with, is not among its weights")
-        else:
-            found[name] = own
     return found
 
 

@@ -13,6 +13,30 @@ from torch.utils._pytree import tree_leaves, tree_map
 from weightspace.errors import WiringError
 from weightspace.wiring.program import Program
 from weightspace.wiring.proof import run
+from weightspace.wiring.replay import program_of
+from weightspace.wiring.wiring import Wiring
+
+
+def complete(wiring: Wiring, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a wiring's program runs on: these, tied ones under all names, and counters of the example's.
+
+    Raises ``WiringError`` where there is no program, and where a weight is missing.
+    """
+    program = program_of(wiring)
+    found: dict[str, Tensor] = {}
+    twins = {id(own): name for name, own in program.tensors.items() if name in tensors}
+    for name, own in program.tensors.items():
+        held = name if name in tensors else twins.get(id(own))
+        if held is not None:
+            found[name] = tensors[held]
+        elif not own.is_floating_point() or name in wiring.untouched:
+            found[name] = own
+        else:
+            raise WiringError(
+                f"the network ({program.origin}) runs with a tensor {name!r}, which is not among the {len(tensors)} "
+                "given; pass all tensors of the network"
+            )
+    return found
 
 
 def ask(
