@@ -63,7 +63,9 @@ def show_report(report: IndexReport) -> None:
         f"{report.unchanged} unchanged, {report.removed} removed, {len(report.ignored)} no checkpoints, "
         f"{len(report.failures)} failed; {report.seconds:.1f} s"
     )
-    console.print(f"{report.inside} models inside the range of the pretrained encoder, the others by descriptor alone")
+    console.print(
+        f"{report.inside} models inside the range of the pretrained encoder; the others by function or descriptor"
+    )
     console.print(f"index: {escape(str(report.index))}")
     if report.failures:
         console.print(as_table("could not be read", ("file", "reason"), report.failures))

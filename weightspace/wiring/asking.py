@@ -46,7 +46,7 @@ def ask(
 
     ``draw`` makes ``(total, …)`` inputs in the place of each example input ``(count, …)`` whose first axis is that of
     examples; masks are repeated, and anything else is handed over as it is. A program that is bound to the number of
-    examples that it was traced with is run so many at a time.
+    examples that it was traced with is run on so many at a time.
 
     Raises ``WiringError`` for a network that takes no tensor, that fails on the inputs, or that does not answer each.
     """
@@ -69,22 +69,28 @@ def ask(
         args, kwargs = tree_map(some, asked)
         return run(replace(program, args=args, kwargs=kwargs), tensors, dtype)[0]
 
+    def piece(at: int) -> Tensor:
+        """The answers to the questions from ``at`` on, of a run of ``count``."""
+        start = min(at, total - count)
+        out = once(start, start + count)
+        if not out.dim() or len(out) % count:
+            raise WiringError(f"{count} inputs got {len(out) if out.dim() else 'no'} answers from {program.origin}")
+        return out[(at - start) * (len(out) // count) :]
+
     asked = tree_map(inputs, given)
     try:
         out = once(0, total)
-    except RuntimeError:
-        starts = [min(k, total - count) for k in range(0, total, count)]
-        try:
-            pieces = [once(k, k + count)[at - k :] for k, at in zip(starts, range(0, total, count), strict=True)]
-        except RuntimeError as error:
-            raise WiringError(
-                f"the network ({program.origin}) does not run on other inputs than its example "
-                f"({' '.join(str(error).split())[:200]})"
-            ) from error
-        out = torch.cat(pieces)
-    if not out.dim() or len(out) % total:
-        raise WiringError(f"{total} questions got {len(out) if out.dim() else 'no'} answers from {program.origin}")
-    return out
+        if out.dim() and len(out) % total == 0:
+            return out
+    except (RuntimeError, WiringError):
+        pass
+    try:
+        return torch.cat([piece(at) for at in range(0, total, count)])
+    except RuntimeError as error:
+        raise WiringError(
+            f"the network ({program.origin}) does not run on other inputs than its example "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def told(out: Tensor, total: int, places: int, classes: int) -> Tensor:
