@@ -1,4 +1,4 @@
-"""What the training-free descriptor finds on real files: `python tests/benchmarks/retrieval.py [--json]`.
+"""What descriptor and function find on real files: `python tests/benchmarks/retrieval.py [--json]`.
 
 Indexes the folder of checkpoints beside the project (``../shared/checkpoints``; ``--folder`` names
 another with the same sub-folders) and prints a table: what was asked, what came out, whether it holds.
@@ -20,9 +20,11 @@ import torch
 
 import weightspace as ws
 from weightspace.retrieval import describe, distances
+from weightspace.retrieval.function import function
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "checkpoints"
 SAME = 1e-5
+NEAR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,39 @@ def permuted_copies(zoo: Embedded, orbit_sample: int = 4, limit: int | None = No
             asked += 1
     text = f"{asked - len(wrong)} of {asked} models, largest distance {worst:.1e}"
     return text + (f"; not {', '.join(wrong[:3])}" if wrong else ""), bool(asked) and not wrong
+
+
+def same_function(zoo: Embedded, orbit_sample: int = 4) -> tuple[str, bool]:
+    """How many models can be asked what they compute, and how far off are their permuted copies?"""
+    from weightspace.zoo.examine import models_in
+
+    worst, asked, total = 0.0, 0, 0
+    orbit = 0
+    for name in zoo.names:
+        orbit += "inr-orbit" in name
+        if "inr-orbit" in name and orbit > orbit_sample:
+            continue
+        file = name.partition("!")[0]
+        checkpoint = next(c for c, n in models_in(zoo.zoo.folder / file, file) if n == name)
+        wiring = ws.wiring(checkpoint)
+        total += 1
+        own = function(checkpoint, wiring)
+        if own.vector is None:
+            continue
+        asked += 1
+        only = {t: checkpoint[t] for t in wiring if t not in wiring.untouched}
+        moved = function({**dict(checkpoint), **wiring.apply(wiring.random(7), only)}, wiring)
+        assert moved.vector is not None
+        worst = max(worst, float(np.linalg.norm(own.vector - moved.vector)))
+    return f"{asked} of {total} models asked, largest distance of a permuted copy {worst:.1e}", worst < NEAR
+
+
+def two_formats(zoo: Embedded) -> tuple[str, bool]:
+    """Is the network that is there as ONNX and as PyTorch its own nearest by function?"""
+    i, j = zoo.matching(r"cifar_base_kw")
+    found = [zoo.zoo.similar(zoo.names[k], k=2, by="function") for k in (i, j)]
+    text = f"distance {max(f[0].distance for f in found):.1e}, next model at {min(f[1].distance for f in found):.2f}"
+    return text, [f[0].name for f in found] == [zoo.names[j], zoo.names[i]]
 
 
 def burn_pair(zoo: Embedded) -> tuple[str, bool]:
@@ -179,6 +214,8 @@ def rows(folder: Path, jobs: int | None = None) -> Iterator[Row]:
         ("inr-orbit collapses to one point", lambda: orbit(zoo)),
         ("textgenrnn children are nearest to their base", lambda: children(zoo)),
         ("fer-trajectory is ordered along its run", lambda: trajectory(zoo)),
+        ("permuted copies compute the same", lambda: same_function(zoo)),
+        ("one network as ONNX and as PyTorch is its own nearest", lambda: two_formats(zoo)),
     ]
     for question, ask in questions:
         started = time.perf_counter()

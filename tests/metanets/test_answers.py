@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("torch_geometric")
 
 import weightspace as ws
-from weightspace.errors import MetanetError
+from weightspace.errors import MetanetError, UnansweredError
 from weightspace.graph import ParameterGraph
 from weightspace.graph.build import of_tensors
 from weightspace.metanets import Answering, FlatBaseline, Sample, TrainingPlan, assert_equivariant, build_metanet, fit
@@ -62,6 +62,39 @@ def test_with_scale_it_sees_no_rescaling_either() -> None:
     metanet = build_metanet({"kind": "operator", **INNER["operator"], "scale": True, "answers": True})
     assert metanet.scale
     assert assert_equivariant(metanet, network("cnn"), scale=True) < 1e-6
+
+
+def test_told_statistics_it_stays_equivariant_and_knows_the_flat_features() -> None:
+    metanet = build_metanet({"kind": "operator", **INNER["operator"], "answers": True, "statistics": True})
+    assert isinstance(metanet, Answering)
+    assert_equivariant(metanet, network("cnn"), scale=False)
+    told = metanet.told(network("cnn"))
+    flat = FlatBaseline("boosting", activation=True).features([network("cnn")])[0]
+    assert told.numpy() == pytest.approx(np.concatenate((answers(network("cnn")).numpy(), flat)))
+    # Rescaling changes statistics of weights, and the metanet says so of itself.
+    options = {"scale": True, "answers": True, "statistics": True}
+    scaled = build_metanet({"kind": "operator", **INNER["operator"], **options})
+    assert not scaled.scale
+    # Two metanets that are told different things do not take each other's batches.
+    assert metanet.preparation != build_metanet({"kind": "operator", **INNER["operator"], "answers": True}).preparation
+
+
+def test_around_a_batch_of_the_inner_metanet_it_says_the_same() -> None:
+    metanet = build_metanet({"kind": "operator", **INNER["operator"], "answers": True})
+    assert isinstance(metanet, Answering)
+    graphs = [network("cnn"), network("mlp")]
+    around = metanet.around(metanet.inner.batched(graphs), graphs)
+    torch.testing.assert_close(metanet.answer(around), metanet.read(*graphs))
+
+
+def test_a_weight_that_is_missing_is_not_taken_from_the_example() -> None:
+    graph = network("cnn")
+    assert graph.wiring is not None
+    assert graph.tensors is not None
+    name = next(n for n, t in graph.tensors.items() if t.dim() == 4)
+    lacking = of_tensors({n: t for n, t in graph.tensors.items() if n != name}, graph.wiring)
+    with pytest.raises(UnansweredError, match=name):
+        answers(lacking)
 
 
 def test_single_precision_says_the_same() -> None:

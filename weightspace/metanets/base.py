@@ -82,12 +82,13 @@ def build_metanet(config: Mapping[str, Any]) -> Metanet:
     """A fresh metanet from its configuration: ``{"kind": "operator", "outputs": 1, …}``.
 
     With ``"answers": True`` one of any kind hears the answers of the networks too (``metanets.answering``), and with
-    ``"questions": 32, "classes": 10`` those to so many learned images.
+    ``"questions": 32, "classes": 10`` those to so many learned images; with ``"statistics": True`` it is told the flat
+    baselines' statistics, too.
     Raises ``MetanetError`` for a kind or an option that does not exist.
     """
     options = dict(config)
     if options.pop("answers", False):
-        own = ("outputs", "questions", "classes")
+        own = ("outputs", "questions", "classes", "statistics")
         inner = {k: v for k, v in options.items() if k not in own}
         options = {"kind": "answering", "inner": inner, **{k: v for k, v in options.items() if k in own}}
     kind = options.pop("kind", None)
