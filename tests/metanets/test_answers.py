@@ -203,3 +203,27 @@ def test_training_saving_and_baselines(tmp_path) -> None:  # type: ignore[no-unt
     np.testing.assert_array_equal(loaded.predict(samples[3::4]).numpy(), predicted)
     plain, told = FlatBaseline("ridge"), FlatBaseline("ridge", answers=True)
     assert told.features(samples[:2]).shape[1] == plain.features(samples[:2]).shape[1] + len(ANSWERS)
+
+
+def test_what_was_begun_may_learn_more_slowly(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    samples = [Sample(f"{i}", network("mlp", i), {"target": float(i % 3), "run": str(i)}, str(i)) for i in range(9)]
+    config = {"kind": "operator", **INNER["operator"], "answers": True}
+    plan = TrainingPlan(target="target", metanet=config, batch=3, epochs=1, begun=0.0)
+    held = fit(plan, samples, progress=False).metanet
+    free = fit(replace(plan, begun=1.0), samples, progress=False).metanet
+    torch.manual_seed(plan.seed)
+    alone = build_metanet({**plan.metanet, "outputs": 1})
+    assert isinstance(alone, Answering)
+    assert isinstance(held, Answering)
+    assert isinstance(free, Answering)
+    task = plan.make_task(samples)
+    targets = task.targets(samples)
+    items = [alone.prepare(s.graph) for s in samples]
+    alone.begin(lambda: items, lambda outputs, rows: task.loss(outputs, targets[rows]))
+    for expected, still, moved in zip(alone.begun(), held.begun(), free.begun(), strict=True):
+        torch.testing.assert_close(still, expected)
+        assert not torch.equal(moved, expected)
+    changed = zip(alone.inner.parameters(), free.inner.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in changed)
+    with pytest.raises(MetanetError, match="begun is 2"):
+        replace(plan, begun=2)

@@ -51,8 +51,9 @@ def test_related_models_are_found(zoo: object, question: str) -> None:
 
 
 @pytest.mark.slow
-def test_permuted_copies_are_their_own_nearest(zoo: object) -> None:
-    result, holds = bench.permuted_copies(zoo, orbit_sample=2)
+@pytest.mark.parametrize("question", ["permuted_copies", "same_function"])
+def test_permuted_copies_are_their_own_nearest(zoo: object, question: str) -> None:
+    result, holds = getattr(bench, question)(zoo, orbit_sample=2)
     assert holds, result
 
 

@@ -129,6 +129,10 @@ class Answering(Metanet):
             # What reads the weights has said nothing so far.
             self.joined.weight[:, self.width :] = 0
 
+    def begun(self) -> list[nn.Parameter]:
+        reading = {id(p) for p in self.inner.parameters()}
+        return [p for p in self.parameters() if id(p) not in reading]
+
     def _heard(self, answers: Tensor, networks: Sequence[Asked | None], learn: bool = True) -> Tensor:
         """Features ``(networks, width)`` of the answers to fixed questions, and to learned ones."""
         told = self.standard(answers, learn=learn)

@@ -51,6 +51,10 @@ class Metanet(nn.Module):
         the numbers ``(n,)`` of their networks.
         """
 
+    def begun(self) -> list[nn.Parameter]:
+        """The parameters that ``begin`` trains; a plan may let them learn more slowly afterwards."""
+        return []
+
     @property
     def preparation(self) -> Hashable:
         """What ``prepare`` and ``collate`` depend on: metanets with equal ones take each other's items and batches."""

@@ -238,10 +238,16 @@ class Loop(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         plan = self.plan
         own = [p for p in self.metanet.parameters() if p.requires_grad]
+        slow = {id(p) for p in self.metanet.begun()} if plan.begun != 1 else set()
         # Biases and the gains of norms are no directions that decay makes sense for.
         groups = [
-            {"params": [p for p in own if p.dim() > 1], "weight_decay": plan.weight_decay},
-            {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
+            {
+                "params": [p for p in own if (p.dim() > 1) == matrices and (id(p) in slow) == late],
+                "weight_decay": plan.weight_decay if matrices else 0.0,
+                "lr": plan.learning_rate * (plan.begun if late else 1),
+            }
+            for late in (False, True)
+            for matrices in (True, False)
         ]
         # Fused is fastest; in mixed precision lightning clips no gradients for it.
         fused = plan.precision == "32-true"

@@ -47,6 +47,7 @@ class TrainingPlan:
       in between the batches are used as they are, in another order, which saves collating them.
     - AdamW with ``learning_rate`` (its peak) and ``weight_decay`` (of matrices alone), linear warm-up over the
       share ``warmup`` of all steps, cosine decay to 0, gradients clipped to the norm ``clip`` (0: not at all).
+    - ``begun``: share of the learning rate for what a metanet trained beforehand (``Metanet.begin``), 1 or less.
     - ``average``: decay of a running average of the weights, which then is what is validated and kept (0: none).
     - ``patience``: epochs without a better validation loss before the training ends (0: it never does).
     - ``precision`` ("32-true", "bf16-mixed", "16-mixed") and ``device`` ("auto", "cpu", "cuda", "mps").
@@ -61,6 +62,7 @@ class TrainingPlan:
     weight_decay: float = 1e-2
     warmup: float = 0.05
     clip: float = 1.0
+    begun: float = 1.0
     average: float = 0.0
     patience: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -80,6 +82,8 @@ class TrainingPlan:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise MetanetError(f"training plan: {name} is {getattr(self, name)}, expected above 0")
+        if not 0 <= self.begun <= 1:
+            raise MetanetError(f"training plan: begun is {self.begun}, expected from 0 to 1")
         if not 0 <= self.average < 1:
             raise MetanetError(f"training plan: average is {self.average}, expected from 0 to below 1")
         for name, known in (("precision", get_args(Precision)), ("device", get_args(Device))):
