@@ -15,10 +15,10 @@ import streamlit as st
 from weightspace.errors import WeightspaceError
 from weightspace.explorer import maps, models, tables, ui, uploads
 from weightspace.paths import cache_dir
-from weightspace.zoo.listing import Listing, Vectors
+from weightspace.zoo.listing import Listing, Vectors, commonest
 
 STARTER = Path("models") / "starter"
-KINDS: tuple[Vectors, ...] = ("descriptor", "encoder")
+KINDS: tuple[Vectors, ...] = ("descriptor", "encoder", "function")
 MAPS = {f"{kind}, {method}": (kind, method) for method in ("PCA", "UMAP") for kind in KINDS}
 PAUSE = 0.3
 """Seconds that the table has to itself on the first visit, before and after the rest of the page but the map."""
@@ -183,10 +183,15 @@ def show(zoo: Listing, searched: list[str]) -> Callable[[], None]:
     colours = tables.colourable(frame)
     colour = middle.selectbox("Colour", colours, key="colour", bind="query-params", disabled=not colours,
                               format_func=lambda c: str(c).replace("_", " "))  # fmt: skip
-    offered = [label for label, (kind, _) in MAPS.items() if kind == "descriptor" or frame["inside"].sum() > 2]
+    there = {
+        "descriptor": len(frame), "encoder": frame["inside"].sum(),
+        "function": (frame["asked"] == commonest(frame["asked"])).sum() if frame["asked"].any() else 0,
+    }  # fmt: skip
+    offered = [label for label, (kind, _) in MAPS.items() if kind == "descriptor" or there[kind] > 2]
     of = right.selectbox("Map of", offered, key="map_of", bind="query-params",
                          help="The descriptor needs no training and describes any network; the pretrained encoder sees "
-                         "through symmetries, for networks in its range.")  # fmt: skip
+                         "through symmetries, for networks in its range; the function is what networks answer to the "
+                         "same made-up inputs.")  # fmt: skip
     try:
         kept = tables.matching(frame, text or "", searched)
     except WeightspaceError as error:

@@ -15,6 +15,8 @@ from safetensors.torch import save
 pytest.importorskip("streamlit", reason="the explorer needs the extra app")
 from streamlit.testing.v1 import AppTest
 
+from weightspace.zoo import listing
+
 sys.path.insert(0, str(Path(__file__).parent))
 from explorer_pages import settle, texts
 
@@ -135,3 +137,15 @@ def test_a_map_by_umap_says_what_is_missing_or_is_drawn(page: Page) -> None:
     else:
         assert "UMAP of the training-free descriptors" in texts(app)
     assert len(shown(app)) == 8
+
+
+def test_a_map_of_functions_holds_what_was_asked_the_same(page: Page, tiny: Path) -> None:
+    app = page("zoo", map_of="function, PCA")
+    assert app.selectbox(key="map_of").value == "function, PCA"
+    assert "functions of 8 models that were asked the same inputs" in texts(app)
+    names, vectors = listing.vectors(tiny, "function")
+    assert len(names) == len(vectors) == 8
+    copy, own = (vectors[names.index(f"{name}.safetensors")] for name in ("copy-0", "mlp-0"))
+    assert abs(copy - own).max() < 1e-6
+    assert listing.commonest(["", "images", "noise of 5", "images", ""]) == "images"
+    assert listing.commonest(["", ""]) == ""

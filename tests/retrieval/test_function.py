@@ -103,6 +103,20 @@ def test_similarity_of_answers_is_linear_cka() -> None:
     assert float(module._alike(a).norm()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("count", "image"), [
+    (64, (1, 8, 8)), (784, (1, 28, 28)), (3072, (3, 32, 32)), (768, (3, 16, 16)), (48, None), (49, None),
+    (100, (1, 10, 10)), (1000, None),
+])  # fmt: skip
+def test_images_in_a_row_are_images(count: int, image: tuple[int, int, int] | None) -> None:
+    assert module._image((count,)) == image
+    network = nn.Sequential(nn.Linear(count, 9), nn.ReLU(), nn.Linear(9, 4))
+    own = _point(network, torch.randn(2, count))
+    assert own.asked == ("images" if image else f"noise of {count}")
+    if image:
+        whole = nn.Sequential(nn.Flatten(), *network)
+        assert _distance(own, _point(whole, torch.randn(2, *image))) < 1e-6
+
+
 def test_what_reads_no_images_is_asked_noise_and_tokens() -> None:
     numbers = _point(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1)), torch.randn(2, 6))
     assert numbers.asked == "noise of 6"

@@ -61,10 +61,13 @@ def place(folder: Path, kind: Vectors, method: str) -> tuple[list[str], Points, 
     """
     names, found = vectors(folder, kind)
     if len(names) < 3:
-        inside = " inside the encoder's range" if kind == "encoder" else ""
+        inside = {"encoder": " inside the encoder's range", "function": " that were asked the same"}.get(kind, "")
         raise ZooError(f"{len(names)} models{inside} make no map; three or more were expected")
     x = scaled(found) if kind == "descriptor" else np.asarray(found, dtype=np.float64)
-    what = "training-free descriptors" if kind == "descriptor" else "vectors of the pretrained encoder"
+    what = {
+        "descriptor": "training-free descriptors", "encoder": "vectors of the pretrained encoder",
+        "function": f"functions of {len(names):,} models that were asked the same inputs",
+    }[kind]  # fmt: skip
     if method == "UMAP":
         try:
             import umap

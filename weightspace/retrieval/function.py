@@ -1,12 +1,13 @@
 """What a network computes, as a point: how alike it finds the same inputs, without data and without training.
 
 A network is run, by the program that its wiring was proved with, on ``QUESTIONS`` made-up inputs of each kind: for
-images pictures of strokes and of dead leaves (``weightspace.pictures``), drawn once and resized to what it reads, for
-anything else noise. For all pairs of inputs it is noted how alike their answers are, as logits and as probabilities:
-the centred Gram matrices, each of length 1, by which linear CKA compares networks (Kornblith et al. 2019, "Similarity
-of Neural Network Representations Revisited"; of outputs rather than of inner states, and so a *functional* measure in
-the words of Klabunde et al. 2023, "Similarity of Neural Network Models"). A fixed random projection keeps distances to
-a few per cent (Johnson & Lindenstrauss 1984) and exact copies at 0.
+images (also where it reads as many numbers in a row) pictures of strokes and of dead leaves (``weightspace.pictures``),
+drawn once and resized to what it reads, for anything else noise. For all pairs of inputs it is noted how alike their
+answers are, as logits and as probabilities: the centred Gram matrices, each of length 1, by which linear CKA compares
+networks (Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited"; of outputs rather than of
+inner states, and so a *functional* measure in the words of Klabunde et al. 2023, "Similarity of Neural Network
+Models"). A fixed random projection keeps distances to a few per cent (Johnson & Lindenstrauss 1984) and exact copies
+at 0.
 
 Nothing that leaves the function as it is moves the point: permutations, rescalings, signs, folded batch norms, another
 format; neither does another order of the classes. Networks that were asked different things do not compare.
@@ -15,6 +16,7 @@ format; neither does another order of the classes. Networks that were asked diff
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -115,9 +117,11 @@ class _Questions:
 
     def __call__(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape[1:])
-        if x.is_floating_point() and len(shape) == 3 and shape[0] <= 4 and min(shape[1:]) >= 4:
+        image = _image(shape) if x.is_floating_point() else None
+        if image is not None:
             self._of.append(IMAGES)
-            return torch.cat([_resized(pictures(kind, QUESTIONS, (1, _SIDE, _SIDE)), shape) for kind in KINDS])
+            shown = torch.cat([_resized(pictures(kind, QUESTIONS, (1, _SIDE, _SIDE)), image) for kind in KINDS])
+            return shown.reshape(-1, *shape)
         generator = torch.Generator().manual_seed(0)
         total = 2 * QUESTIONS
         if x.is_floating_point():
@@ -131,7 +135,23 @@ class _Questions:
         return drawn
 
 
-def _resized(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _image(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Channels, height and width where inputs may be images, also as one row; None where they are something else.
+
+    64 or 784 numbers may be anything. Pictures are then as good a question as noise, and what did read images in a row
+    compares with what reads them as they are.
+    """
+    if len(shape) == 3 and shape[0] <= 4 and min(shape[1:]) >= 4:
+        return shape[0], shape[1], shape[2]
+    if len(shape) == 1:
+        for channels, least in ((1, 8), (3, 16)):
+            side = math.isqrt(shape[0] // channels)
+            if side >= least and channels * side * side == shape[0]:
+                return channels, side, side
+    return None
+
+
+def _resized(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Pictures as a network reads them ``(n, *shape)``, each with mean 0 and deviation 1."""
     channels, height, width = shape
     if max(height, width) <= _SIDE:

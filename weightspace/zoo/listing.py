@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +21,10 @@ from weightspace.zoo.zoo import Zoo
 if TYPE_CHECKING:
     import pandas as pd
 
-Vectors = Literal["descriptor", "encoder"]
+Vectors = Literal["descriptor", "encoder", "function"]
 _FIRST = ("name", "architecture", "parameters", "test_accuracy", "predicted_accuracy", "wiring", "format", "relation",
           "parent", "task")  # fmt: skip
-_LAST = ("inside", "findings", "movable", "error", "recognised", "bytes", "tensors", "file", "sha256")
+_LAST = ("inside", "asked", "findings", "movable", "error", "recognised", "bytes", "tensors", "file", "sha256")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def listing(folder: Path) -> Listing:
         row["file"] = row.pop("path")
         record, reading = _object(row.pop("record")), _object(row.pop("reading"))
         said = {key: value for key, value in record.items() if not isinstance(value, dict | list) and key not in row}
-        row["inside"] = bool(reading.get("inside"))
+        row["inside"], row["asked"] = bool(reading.get("inside")), str(reading.get("asked") or "")
         for ours, theirs in (("accuracy", ""), ("low", "_low"), ("high", "_high")):
             value = reading.get(f"accuracy{theirs}")
             row[f"predicted_{ours}"] = float("nan") if value is None else float(value)
@@ -111,16 +112,28 @@ def card_of(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def vectors(folder: Path, kind: Vectors) -> tuple[list[str], NDArray[np.float32]]:
-    """Names and vectors (models, features) of all models; of the encoder of those inside its range alone."""
+    """Names and vectors (models, features): descriptors of all models, of the encoder those of models inside its range,
+    and of functions those of the models that were asked what most were (``asked`` of ``listing(folder).frame``)."""
     store = _opened(Zoo(folder).index_folder)
     try:
         names, plain = store.embeddings()
         if kind == "descriptor":
             return names, plain
+        if kind == "function":
+            computed, asked = store.functions()
+            most = commonest(asked)
+            some = [bool(what) and what == most for what in asked]
+            return [name for name, held in zip(names, some, strict=True) if held], computed[np.array(some, dtype=bool)]
         learned, inside = store.learned()
         return [name for name, held in zip(names, inside, strict=True) if held], learned[inside]
     finally:
         store.close()
+
+
+def commonest(asked: Iterable[str]) -> str:
+    """What most models were asked, of those that were asked anything; "" where none was."""
+    counts = Counter(what for what in asked if what)
+    return max(sorted(counts), key=counts.__getitem__) if counts else ""
 
 
 def _opened(index: Path) -> Store:
@@ -134,4 +147,4 @@ def _object(text: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-__all__ = ["Listing", "Vectors", "card_of", "listing", "stamp_of_index", "vectors"]
+__all__ = ["Listing", "Vectors", "card_of", "commonest", "listing", "stamp_of_index", "vectors"]
