@@ -27,7 +27,7 @@ from weightspace.pretrained.applicability import LEAST, Range
 from weightspace.pretrained.model import Seen, Shipped, mixed
 from weightspace.pretrained.networks import disturbed
 from weightspace.pretrained.views import described
-from weightspace.retrieval import blended, blended_all
+from weightspace.retrieval import blended, with_function
 from weightspace.retrieval.function import LENGTH, function
 
 Bools = NDArray[np.bool_]
@@ -157,7 +157,7 @@ def _asked(model: Shipped, pool: str, samples: list[Sample], draws: int) -> Iter
         asked, queries = q.wanted.any(1), int(q.wanted.any(1).sum())
         learned, plain = _far(model.vectors(q.queries), model.vectors(pooled)), _far(described(q.graphs), descriptors)
         computed, both = _apart(_functions(q.graphs), functions), blended(learned, plain)
-        auto = np.where(np.isfinite(computed), blended_all(computed, learned, plain), _LAST + both)
+        auto = np.where(np.isfinite(computed), with_function(computed, both), _LAST + both)
         measures = {"auto": auto, "function": computed, "both": both, "encoder": learned, "descriptor": plain}
         for measure, far in measures.items():
             first = _first_hit(far, q.wanted, q.left)[asked]

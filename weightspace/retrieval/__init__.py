@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from weightspace.retrieval.blend import OF_FUNCTION, SHARE, blended, blended_all
+from weightspace.retrieval.blend import OF_FUNCTION, SHARE, blended, with_function
 from weightspace.retrieval.descriptor import DIMENSION, FEATURES, Description, describe, distances
 
 __all__ = [
-    "DIMENSION", "FEATURES", "OF_FUNCTION", "SHARE", "Description", "blended", "blended_all", "describe", "distances",
+    "DIMENSION", "FEATURES", "OF_FUNCTION", "SHARE", "Description", "blended", "describe", "distances", "with_function",
 ]  # fmt: skip

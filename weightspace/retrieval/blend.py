@@ -18,7 +18,7 @@ SHARE = 0.5
 """Exponent of the descriptor's distance where it is blended with the encoder's; that one's is 1 - SHARE."""
 
 OF_FUNCTION = 0.7
-"""Exponent of the function's distance where it is known too; the blend of the other two has the rest."""
+"""Exponent of the function's distance where it is known too; the others have the rest."""
 
 
 def blended(learned: NDArray[Any], plain: NDArray[Any], share: float = SHARE) -> NDArray[np.float64]:
@@ -27,9 +27,7 @@ def blended(learned: NDArray[Any], plain: NDArray[Any], share: float = SHARE) ->
     return np.asarray(found, dtype=np.float64)
 
 
-def blended_all(
-    computed: NDArray[Any], learned: NDArray[Any], plain: NDArray[Any], share: float = OF_FUNCTION
-) -> NDArray[np.float64]:
-    """Distances by function, encoder and descriptor as one: ``computed^share blended(learned, plain)^(1 - share)``."""
-    found = np.power(computed, share, dtype=np.float64) * np.power(blended(learned, plain), 1 - share)
+def with_function(computed: NDArray[Any], others: NDArray[Any], share: float = OF_FUNCTION) -> NDArray[np.float64]:
+    """Distances by function and those by other measures as one: ``computed^share others^(1 - share)``."""
+    found = np.power(computed, share, dtype=np.float64) * np.power(others, 1 - share, dtype=np.float64)
     return np.asarray(found, dtype=np.float64)

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from weightspace.zoo.search import Search
 
 INDEX_FOLDER = ".weightspace"
-Measure = Literal["all", "function", "both", "encoder", "descriptor"]
+Measure = Literal["all", "function, descriptor", "function", "both", "encoder", "descriptor"]
 By = Literal["auto", "all", "function", "both", "encoder", "descriptor"]
-_IN_TURN: tuple[Measure, ...] = ("all", "function", "both", "descriptor")
+_IN_TURN: tuple[Measure, ...] = ("all", "function, descriptor", "both", "descriptor")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Neighbour:
     ``measure`` says whose distance it is: that of the pretrained "encoder" (1 is usual between networks trained
     independently), that of the training-free "descriptor", the geometric mean of "both", that of the "function" (what
     networks compute of the same made-up inputs; independent ones are more than 1 apart), or the geometric mean of
-    "all" three. They have different scales and do not compare.
+    "function, descriptor" or of "all" three. They have different scales and do not compare.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Neighbour:
             return {
                 "function": "the same function: it answers all inputs alike",
                 "all": "the same function, or the same up to symmetry",
+                "function, descriptor": "the same function, or the same up to symmetry",
                 "both": "the same up to symmetry, as encoder or descriptor sees it",
             }.get(self.measure, f"the same up to symmetry, as the {self.measure} sees it")
         scale = {
@@ -65,6 +66,7 @@ class Neighbour:
             "descriptor": "by statistics of the weights that no symmetry changes; 0 is the same",
             "both": "by the mean of encoder and descriptor; 0 is the same",
             "function": "by what they answer to the same inputs; 0 is the same function, over 1 another",
+            "function, descriptor": "by what they answer and the descriptor; 0 is the same",
             "all": "by what they answer, encoder and descriptor together; 0 is the same",
         }[self.measure]
         return f"{self.distance:.3g} away {scale}"
@@ -205,14 +207,15 @@ class Zoo:
         that of the ``"function"``, which compares models that were asked the same inputs (``retrieval.function``); or
         the training-free ``"descriptor"``, which holds for any. ``"both"`` is the geometric mean of encoder and
         descriptor, ``"all"`` that of the three (``retrieval.blend``), for models that have them. ``"auto"`` takes as
-        many as it can: first come models by all three, then those that answer the same inputs, by function, then
-        those in the encoder's range, by both, and the others by the descriptor. Every neighbour says what its
-        ``measure`` is, and within one measure they are in order; no distance of one is ever ranked against another's.
+        many as it can: first come models by all three, then those that answer the same inputs, by function and
+        descriptor, then those in the encoder's range, by both, and the others by the descriptor. Every neighbour says
+        what its ``measure`` is, and within one measure they are in order; no distance of one is ever ranked against
+        another's.
 
         Raises ``ZooError`` when the zoo has no index yet or holds no model, and for any ``by`` but ``"auto"`` and
         ``"descriptor"`` when the model asked about cannot be compared so, with the reason, or no model of the zoo can.
         """
-        from weightspace.retrieval import blended, blended_all, distances
+        from weightspace.retrieval import blended, distances, with_function
 
         if by not in get_args(By):
             raise ZooError(f"similar: by is {by!r}; expected one of {', '.join(map(repr, get_args(By)))}")
@@ -238,9 +241,10 @@ class Zoo:
                 )
                 same = np.array([what == query.reading.get("asked") for what in asked], dtype=bool)
                 computed = np.where(same, computed, np.nan)
+            both = blended(away, plain)
             measures: dict[Measure, NDArray[np.float64]] = {
-                "all": blended_all(computed, away, plain), "function": computed, "both": blended(away, plain),
-                "encoder": away, "descriptor": plain,
+                "all": with_function(computed, both), "function, descriptor": with_function(computed, plain),
+                "function": computed, "both": both, "encoder": away, "descriptor": plain,
             }  # fmt: skip
             ranked: list[tuple[int, float, Measure]] = []
             for measure in _IN_TURN if by == "auto" else (by,):
