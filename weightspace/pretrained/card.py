@@ -38,7 +38,8 @@ def model_card(
   {len(recipe.mixtures)} pairs the one that found most among validation runs); distance 1 is the median between networks
   of different runs.
 - **predictor of accuracy**: operator message passing, {size["accuracy"]:,} parameters, {_plan(model.accuracy)}.
-  Regression of the test accuracy of image classifiers; it also hears what they answer to noise (`answers`).
+  Regression of the test accuracy of image classifiers; it also hears what they answer to noise and is told statistics
+  of their tensors.
 
 Both read networks at the canonical point of their orbit under positive rescaling and sign flips, so that all known
 symmetries leave vectors and predictions as they are. Names, formats, dtypes, counters and records do not count.

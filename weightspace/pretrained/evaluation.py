@@ -157,7 +157,8 @@ def _asked(model: Shipped, pool: str, samples: list[Sample], draws: int) -> Iter
         asked, queries = q.wanted.any(1), int(q.wanted.any(1).sum())
         learned, plain = _far(model.vectors(q.queries), model.vectors(pooled)), _far(described(q.graphs), descriptors)
         computed, both = _apart(_functions(q.graphs), functions), blended(learned, plain)
-        auto = np.where(np.isfinite(computed), with_function(computed, both), _LAST + both)
+        alike = np.isfinite(computed)
+        auto = np.where(alike, with_function(np.where(alike, computed, 1), both), _LAST + both)
         measures = {"auto": auto, "function": computed, "both": both, "encoder": learned, "descriptor": plain}
         for measure, far in measures.items():
             first = _first_hit(far, q.wanted, q.left)[asked]
