@@ -38,6 +38,29 @@ def test_coverage_and_width(seed: int) -> None:
     assert float(high.max()) <= 1
 
 
+def test_every_population_is_covered_the_hard_one_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def networks(n: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """Places say nothing of which population it is; one is missed five times as far, and few are of it."""
+        hard = torch.rand(n, generator=generator) < 0.15
+        miss = torch.where(hard, 0.1, 0.02) * torch.randn(n, generator=generator).abs()
+        return torch.rand(n, 2, generator=generator), miss, ["hard" if one else "easy" for one in hard.tolist()]
+
+    (around, misses, _), (at, missed, names), (places, true, which) = networks(400), networks(600), networks(4000)
+    hard = torch.tensor([name == "hard" for name in which])
+    shares = {}
+    for populations in ((), names):
+        found = Conformal.fit(around, misses, at, missed, populations)
+        low, high = found.intervals(torch.full((len(true),), 0.5), places)
+        shares[bool(populations)] = float(((high - low) / 2 >= true)[hard].double().mean())
+    assert shares[False] < 0.7
+    assert shares[True] == pytest.approx(0.9, abs=0.06)
+    # A population of a handful tells nothing of its quantile.
+    few = ["few" if i < 5 else "easy" for i in range(len(missed))]
+    assert len(Conformal.fit(around, misses, at, missed, few).scores) > 500
+
+
 def test_too_few_networks_of_calibration_give_the_whole_range() -> None:
     places = torch.rand(5, 2, dtype=torch.float64)
     found = Conformal.fit(places, torch.rand(5), places, torch.rand(5))

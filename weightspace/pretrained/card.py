@@ -86,7 +86,8 @@ do not count): the share of its networks still inside.
   the range says so.
 - The accuracy is that on the network's own data, which its weights do not name; a network fine-tuned on fewer classes
   has an easier task and a higher accuracy.
-- The coverage holds on average over networks like those of calibration, not for each population.
+- The coverage holds for each population of calibration with 40 networks or more, and therefore is more than 90 % for
+  most; other networks inside the range may be missed more often.
 - Recall is counted on pools of the size given; in a larger zoo more lies between a network and its relatives.
 - The order that the predictor gives within one population is weak where accuracies lie close together (Kendall τ of the
   table): it learned from all populations at once. A metanet trained on one (`weightspace train`) orders it better.

@@ -2,13 +2,16 @@
 
 The score of a network is |accuracy - prediction| over the ``spread`` that is usual where the network lies; the
 interval at coverage 1 - a is the prediction ± the spread times the ⌈(m + 1)(1 - a)⌉-th smallest score of m networks of
-runs that neither the training nor the test saw (Papadopoulos et al. 2002; Lei et al. 2018). The coverage holds on
-average over networks like those of calibration, whatever the metanet is worth.
+runs that neither the training nor the test saw (Papadopoulos et al. 2002; Lei et al. 2018). Nobody's networks are a
+mixture of all populations: where the networks of calibration are of several, the scores are those of the population
+that needs the widest intervals, so that the coverage holds for each of them (a conservative form of the conditional
+prediction of Vovk et al. 2003), whatever the metanet is worth.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,8 @@ from weightspace.pretrained.applicability import Applicability
 COVERAGE = 0.9
 _NEIGHBOURS = 20
 _FLOOR = 0.005
+_ENOUGH = 40
+"""Networks of calibration that a population needs for its quantile to tell something."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,20 @@ class Conformal:
     scores: Tensor
 
     @classmethod
-    def fit(cls, places: Tensor, misses: Tensor, at: Tensor, missed: Tensor) -> Conformal:
-        """From places and misses of validation, and those of calibration, ``at (m, d)`` and ``missed (m,)``."""
+    def fit(
+        cls, places: Tensor, misses: Tensor, at: Tensor, missed: Tensor, populations: Sequence[str] = ()
+    ) -> Conformal:
+        """From places and misses of validation, and those of calibration, ``at (m, d)`` and ``missed (m,)``.
+
+        ``populations``: those that the networks of calibration are of, one for each; none where they are of one.
+        """
         scores = missed.to(torch.float64) / _spread(places, misses, at)
-        return cls(places, misses, scores.sort().values)
+        parts = [scores.sort().values]
+        for name in dict.fromkeys(populations):
+            own = scores[torch.tensor([one == name for one in populations])]
+            if len(own) >= _ENOUGH:
+                parts.append(own.sort().values)
+        return cls(places, misses, max(parts, key=lambda part: _reach(part, COVERAGE)))
 
     def spread(self, at: Tensor) -> Tensor:
         """The miss that is usual around ``at (n, d)``: ``(n,)``."""
@@ -65,13 +80,18 @@ class Conformal:
 
     def intervals(self, predicted: Tensor, at: Tensor, coverage: float = COVERAGE) -> tuple[Tensor, Tensor]:
         """Ends of the intervals of ``predicted (n,)`` at the places ``at (n, d)``, within [0, 1]."""
-        m = len(self.scores)
-        rank = math.ceil((m + 1) * coverage)
-        if rank > m:
+        widest = _reach(self.scores, coverage)
+        if math.isinf(widest):
             return torch.zeros_like(predicted), torch.ones_like(predicted)
-        reach = float(self.scores[rank - 1]) * self.spread(at)
+        reach = widest * self.spread(at)
         centre = predicted.to(torch.float64)
         return (centre - reach).clamp(0, 1), (centre + reach).clamp(0, 1)
+
+
+def _reach(scores: Tensor, coverage: float) -> float:
+    """The score that the interval goes to; infinite where there are too few to say."""
+    rank = math.ceil((len(scores) + 1) * coverage)
+    return math.inf if rank > len(scores) else float(scores[rank - 1])
 
 
 def _spread(places: Tensor, misses: Tensor, at: Tensor) -> Tensor:

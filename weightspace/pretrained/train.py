@@ -104,7 +104,8 @@ def calibrated(recipe: Pretraining, found: Sequence[Population], encoder: Traine
         truth = [float(s.record["test_accuracy"]) for name in classifiers for s in parts[part][name]]
         return joined.spots, (joined.accuracies - torch.tensor(truth, dtype=torch.float64)).abs()
 
-    conformal = Conformal.fit(*missed("validation", checked), *missed("calibration", unseen))
+    of = [name for name in classifiers for _ in parts["calibration"][name]]
+    conformal = Conformal.fit(*missed("validation", checked), *missed("calibration", unseen), of)
     groups = [s.group for samples in parts["validation"].values() for s in samples]
     model = Shipped(
         "not saved yet", encoder, accuracy, projection, recipe.mixtures[0], zone(list(known)), zone(classifiers),
