@@ -54,6 +54,20 @@ def test_several_rows_to_an_example_stay_together() -> None:
     assert torch.equal(found.view(5, 2), _inputs(5).double() @ program.tensors["w"].double())
 
 
+def test_fewer_questions_than_a_program_takes_at_once_are_refused() -> None:
+    program = _program(_refuses_others)
+    with pytest.raises(WiringError, match="takes 3 inputs at a time"):
+        ask(program, program.tensors, 2, lambda x: _inputs(2), torch.float64)
+
+
+@pytest.mark.parametrize("width", [2, 3, 7, 21])
+def test_answers_that_are_of_all_inputs_together_are_refused(width: int) -> None:
+    """However many rows there are: as many as inputs, or as many as are asked."""
+    summed = Program({"w": torch.randn(4, width)}, lambda tensors, x: (x @ tensors["w"]).sum(0), (torch.randn(3, 4),))
+    with pytest.raises(WiringError, match=r"cannot be told apart|3 inputs got"):
+        ask(summed, summed.tensors, 7, lambda x: _inputs(7), torch.float64)
+
+
 def test_what_does_not_answer_each_is_refused() -> None:
     summed = _program(lambda tensors, x: (x @ tensors["w"]).sum(0))
     with pytest.raises(WiringError, match="3 inputs got 2 answers"):
@@ -73,7 +87,7 @@ def test_masks_are_repeated_and_other_arguments_stay() -> None:
     mask, table = torch.tensor([[True], [False], [True]]), torch.randn(2, 2)
     program = Program({"w": torch.randn(4, 2)}, run, (torch.randn(3, 4), mask, table, True))
     found = ask(program, program.tensors, 4, lambda x: _inputs(4), torch.float32)
-    assert seen == [(4, 2, True)]
+    assert seen[-1] == (4, 2, True)
     assert torch.equal(found[1], torch.zeros(2))
 
 
