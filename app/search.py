@@ -71,8 +71,8 @@ def by_model(shelf: Shelf, folder: str) -> None:
              config={"distance": st.column_config.NumberColumn(format="%.4f"),
                      "parameters": st.column_config.NumberColumn(format="localized")})  # fmt: skip
     st.caption("0 is the same network up to the order of its neurons; by function, any that computes the same. Between "
-               "networks trained independently the encoder's distance is about 1, the function's more than 1; "
-               "distances of different measures do not compare.")  # fmt: skip
+               "networks trained independently the encoder's distance is about 1; functions with nothing in common "
+               "are 1.4 apart. Distances of different measures do not compare.")  # fmt: skip
     if len(found):
         nearest = str(found["model"].iloc[0])
         with st.container(horizontal=True):

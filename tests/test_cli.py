@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -156,3 +157,10 @@ def test_names_in_a_file_do_not_drive_the_terminal(tmp_path: Path) -> None:
         assert "\x07" not in done.stdout + done.stderr
     assert r"\x1b" in done.stderr
     assert "[red]w" in done.stderr
+
+
+def test_measures_of_the_command_line_are_those_of_the_zoo() -> None:
+    from weightspace.cli import looking
+    from weightspace.zoo import zoo
+
+    assert get_args(looking.By) == get_args(zoo.By)

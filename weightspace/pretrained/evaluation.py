@@ -214,16 +214,17 @@ def _questions(model: Shipped, samples: Sequence[Sample], pooled: Seen) -> Itera
 
 
 def _functions(graphs: Sequence[ParameterGraph]) -> tuple[Tensor, NDArray[np.str_]]:
-    """Vectors of functions ``(n, LENGTH)`` and what was asked of each; that of its own where it could not be asked."""
+    """Vectors of functions ``(n, LENGTH)`` and what was asked of each, "" where it could not be asked."""
     found = [function({name: graph.tensor(name) for name in graph.shapes}, graph.wiring) for graph in graphs]
     vectors = [np.zeros(LENGTH, np.float32) if one.vector is None else one.vector for one in found]
-    asked = [one.asked if one.vector is not None else f"{i} of {id(graphs)}" for i, one in enumerate(found)]
+    asked = ["" if one.vector is None else one.asked for one in found]
     return torch.from_numpy(np.stack(vectors)), np.array(asked)
 
 
 def _apart(queries: tuple[Tensor, NDArray[np.str_]], pool: tuple[Tensor, NDArray[np.str_]]) -> NDArray[np.float64]:
     """Distances of functions; infinite between networks that were not asked the same."""
-    return np.where(queries[1][:, None] == pool[1][None, :], _far(queries[0], pool[0]), np.inf)
+    alike = (queries[1][:, None] == pool[1][None, :]) & (pool[1] != "")
+    return np.where(alike, _far(queries[0], pool[0]), np.inf)
 
 
 def _far(queries: Tensor, pool: Tensor) -> NDArray[np.float64]:

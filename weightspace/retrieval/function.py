@@ -39,8 +39,7 @@ LENGTH = 512
 QUESTIONS = 64
 """Inputs of each kind."""
 PARAMETERS, OPERATIONS = 30_000_000, 2e11
-"""A network with more parameters, or that takes more multiplications and additions to answer everything, is not asked:
-some ten seconds on a core."""
+"""A network with more parameters, or with more multiplications and additions to answer everything, is not asked."""
 IMAGES = "images"
 
 _SIDE = 32
@@ -54,8 +53,8 @@ _LEAST = 1e-5
 class Function:
     """What a network computes: ``vector (LENGTH,)`` of about length 1, float32, and what was ``asked`` of it.
 
-    Distances are for vectors of one ``asked`` alone: 0 is the same function, up to the order of its classes; networks
-    that were trained independently are usually more than 1 apart. ``vector`` is None for a network that could not be
+    Distances are for vectors of one ``asked`` alone: 0 is the same function, up to the order of its classes; answers
+    that have nothing in common are about √2 apart. ``vector`` is None for a network that could not be
     asked, and ``reason`` says why.
     """
 

@@ -41,7 +41,7 @@ class Neighbour:
 
     ``measure`` says whose distance it is: that of the pretrained "encoder" (1 is usual between networks trained
     independently), that of the training-free "descriptor", the geometric mean of "both", that of the "function" (what
-    networks compute of the same made-up inputs; independent ones are more than 1 apart), or the geometric mean of
+    networks compute of the same made-up inputs; with nothing in common they are √2 apart), or the geometric mean of
     "function, descriptor" or of "all" three. They have different scales and do not compare.
     """
 
@@ -65,7 +65,7 @@ class Neighbour:
             "encoder": "by the encoder; 1 is usual between networks trained independently",
             "descriptor": "by statistics of the weights that no symmetry changes; 0 is the same",
             "both": "by the mean of encoder and descriptor; 0 is the same",
-            "function": "by what they answer to the same inputs; 0 is the same function, over 1 another",
+            "function": "by what they answer to the same inputs; 0 is the same function, 1.4 is nothing in common",
             "function, descriptor": "by what they answer and the descriptor; 0 is the same",
             "all": "by what they answer, encoder and descriptor together; 0 is the same",
         }[self.measure]
